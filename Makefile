@@ -1,0 +1,52 @@
+# make demo and make test work as the first command on a fresh machine: they create .venv, install and build.
+PYTHON ?= python3
+# The PyTorch to install. The index of pip decides between its CPU and CUDA builds; TRITON must be the release that this
+# PyTorch was built for (a CUDA build brings it; on a CPU build it serves the tests of the GPU kernels).
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.built
+SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: setup demo test test-gpu bench lint wheel clean
+
+setup: $(STAMP)
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel ninja
+	touch $@
+
+$(STAMP): $(VENV)/.installed setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,lint,test]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.video_classification demo
+
+# The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter.
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+	CONVRNN_BACKEND=triton $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device is present (python -m convrnn.info says why)')"
+	$(BIN)/python -m pytest --device cuda $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info convrnn/*.so

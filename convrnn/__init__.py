@@ -1,0 +1,21 @@
+"""convrnn: convolutional recurrent layers for video in PyTorch, on fused kernels for CPU and GPU."""
+
+from . import nn, ops, reference
+from .nn import GRU_RCN, Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from .ops import gru_rcn, mingru, mingru_gate_hidden, parallel_scan_log
+
+__all__ = [
+    "GRU_RCN",
+    "Bidirectional",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
+    "MinGRU",
+    "MinGRUCell",
+    "gru_rcn",
+    "mingru",
+    "mingru_gate_hidden",
+    "nn",
+    "ops",
+    "parallel_scan_log",
+    "reference",
+]

@@ -1,0 +1,91 @@
+"""Loads the C++ library (schemas and CPU kernels) and registers the Python side of the ops.
+
+The environment variable CONVRNN_BACKEND chooses which kernels CPU tensors reach:
+
+* unset or ``auto``: the C++ kernels;
+* ``triton``: the Triton kernels, in Triton's interpreter. Slow, and exact enough to test the GPU's code path - launchers,
+  ops, autograd, modules - on a machine without a GPU.
+
+CUDA tensors always reach the Triton kernels.
+"""
+
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+BACKENDS = ("auto", "triton")
+
+
+def _find_library() -> Path:
+    folder = Path(__file__).resolve().parents[1]
+    found = sorted(folder.glob("_C*.so"))
+    if not found:
+        raise ImportError(
+            f"convrnn's C++ library is missing from {folder}: build it with "
+            "`pip install --no-build-isolation -e .` in the source tree"
+        )
+    return found[0]
+
+
+def _choose_backend() -> str:
+    backend = os.environ.get("CONVRNN_BACKEND", "") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"CONVRNN_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ImportError("CONVRNN_BACKEND=triton needs Triton, which is not installed: pip install triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton reads the variable when its own functions are defined.
+            if "triton" in sys.modules:
+                raise ImportError(
+                    "CONVRNN_BACKEND=triton runs Triton's interpreter: set TRITON_INTERPRET=1 or import convrnn before triton"
+                )
+            os.environ["TRITON_INTERPRET"] = "1"
+    return backend
+
+
+LIBRARY = _find_library()
+BACKEND = _choose_backend()
+torch.ops.load_library(str(LIBRARY))
+# Reads CONVRNN_ISA: a wrong value is an error at import, not at the first call.
+torch.ops.convrnn.cpu_isa()
+
+_registrations = torch.library.Library("convrnn", "IMPL")
+
+
+def register_triton(op: str, kernel: Callable[..., Any]) -> None:
+    """Registers the function that calls the Triton launcher of ``op`` for CUDA tensors (and see CONVRNN_BACKEND)."""
+    _registrations.impl(op, kernel, "CUDA")
+    if BACKEND == "triton":
+        with warnings.catch_warnings():
+            # Replacing the C++ kernel is the purpose.
+            warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel.*")
+            _registrations.impl(op, kernel, "CPU")
+
+
+def register_autocast(op: str, kernel: Callable[..., Any]) -> None:
+    """Registers ``kernel(device_type, *args)`` to run in place of ``op`` where autocast is on."""
+
+    def on(device_type: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: kernel(device_type, *args, **kwargs)
+
+    _registrations.impl(op, on("cuda"), "AutocastCUDA")
+    _registrations.impl(op, on("cpu"), "AutocastCPU")
+
+
+def register_once_differentiable(op: str) -> None:
+    """Makes differentiating the backward op ``op`` an error that says so."""
+
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(
+            f"convrnn::{op} cannot be differentiated: convrnn has no double backward yet. "
+            "Use convrnn.reference where a second derivative is needed."
+        )
+
+    torch.library.register_autograd(f"convrnn::{op}", backward)

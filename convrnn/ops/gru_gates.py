@@ -1,0 +1,162 @@
+"""One GRU step between its convolutions: ``convrnn::gru_gates`` and ``convrnn::gru_update``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import check_floating, check_same_device
+from ._library import register_once_differentiable, register_triton
+
+
+def _check(h: Tensor, others: list[tuple[str, Tensor, int]]) -> None:
+    check_floating("h", h)
+    if h.dim() < 2:
+        raise ValueError(f"h must be (B, C, *S), got {list(h.shape)}")
+    first_name, first, _ = others[0]
+    for name, x, times in others:
+        check_floating(name, x)
+        check_same_device(name, x, "h", h)
+        expected = [h.shape[0], times * h.shape[1]] + list(h.shape[2:])
+        if list(x.shape) != expected:
+            raise ValueError(f"{name} must be {expected} for h {list(h.shape)}, got {list(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name} {first.dtype}, got {x.dtype}")
+    if h.dtype != first.dtype and (h.dtype != torch.float32 or first.dtype == torch.float64):
+        raise TypeError(
+            f"h must be {first.dtype}, as {first_name} is, or the float32 state of a 16-bit {first_name}; got {h.dtype}"
+        )
+
+
+def gru_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[z, r] = sigmoid(xp + hp) and r . h: the gates of a GRU whose reset gate comes before the convolution.
+
+    Args:
+        xp: (B, 2*C, *S), the input's projections for z (first C channels) and r, bias included; float32, float64,
+            bfloat16 or float16.
+        hp: (B, 2*C, *S), the state's projections, of the same dtype.
+        h: (B, C, *S), the state, of the same dtype or float32.
+
+    Returns:
+        z, r and r . h, each (B, C, *S), contiguous, in the dtype of ``xp``.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or a dtype does not fit.
+        ValueError: a shape or device does not fit.
+
+    Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
+
+    Example:
+        >>> z, r, rh = gru_gates(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.ones(1, 2, 2, 2))
+        >>> z.shape, rh.unique().item()
+        (torch.Size([1, 2, 2, 2]), 0.5)
+    """
+    _check(h, [("xp", xp, 2), ("hp", hp, 2)])
+    z, r, rh = torch.ops.convrnn.gru_gates(xp, hp, h)
+    return z, r, rh
+
+
+def gru_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """c = tanh(xc + hc), h' = (1 - z) . h + z . c: the candidate and the next state; z is the candidate's share.
+
+    Args:
+        xc: (B, C, *S), the input's projection for the candidate, bias included.
+        hc: (B, C, *S), the projection of r . h, of the same dtype.
+        z: (B, C, *S), the update gate, of the same dtype.
+        h: (B, C, *S), the state, of the same dtype or float32.
+
+    Returns:
+        c in the dtype of ``xc`` and h' in the dtype of ``h``, each (B, C, *S), contiguous.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or a dtype does not fit.
+        ValueError: a shape or device does not fit.
+
+    Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
+
+    Example:
+        >>> zero, half = torch.zeros(1, 2), torch.full((1, 2), 0.5)
+        >>> gru_update(zero, zero, half, torch.ones(1, 2))[1]
+        tensor([[0.5000, 0.5000]])
+    """
+    _check(h, [("xc", xc, 1), ("hc", hc, 1), ("z", z, 1)])
+    c, h_next = torch.ops.convrnn.gru_update(xc, hc, z, h)
+    return c, h_next
+
+
+@torch.library.register_fake("convrnn::gru_gates")
+def _(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return xp.new_empty(h.shape), xp.new_empty(h.shape), xp.new_empty(h.shape)
+
+
+@torch.library.register_fake("convrnn::gru_gates_backward")
+def _(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return z.new_empty((h.shape[0], 2 * h.shape[1], *h.shape[2:])), h.new_empty(h.shape)
+
+
+@torch.library.register_fake("convrnn::gru_update")
+def _(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return xc.new_empty(h.shape), h.new_empty(h.shape)
+
+
+@torch.library.register_fake("convrnn::gru_update_backward")
+def _(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return c.new_empty(h.shape), c.new_empty(h.shape), h.new_empty(h.shape)
+
+
+def _triton_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.gru_gates import gru_gates_fwd
+
+    return gru_gates_fwd(xp, hp, h)
+
+
+def _triton_gates_backward(
+    dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.gru_gates import gru_gates_bwd
+
+    return gru_gates_bwd(dz, dr, drh, z, r, h)
+
+
+def _triton_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    from ..kernels.gru_gates import gru_update_fwd
+
+    return gru_update_fwd(xc, hc, z, h)
+
+
+def _triton_update_backward(
+    dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels.gru_gates import gru_update_bwd
+
+    return gru_update_bwd(dc, dh_next, z, c, h)
+
+
+def _gates_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    z, r, _ = output
+    ctx.save_for_backward(z, r, inputs[2])
+
+
+def _gates_backward(ctx: Any, dz: Tensor, dr: Tensor, drh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    da, dh = torch.ops.convrnn.gru_gates_backward(dz, dr, drh, *ctx.saved_tensors)
+    return da, da, dh
+
+
+def _update_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, z, h = inputs
+    ctx.save_for_backward(z, output[0], h)
+
+
+def _update_backward(ctx: Any, dc: Tensor, dh_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    da, dz, dh = torch.ops.convrnn.gru_update_backward(dc, dh_next, *ctx.saved_tensors)
+    return da, da, dz, dh
+
+
+register_triton("gru_gates", _triton_gates)
+register_triton("gru_gates_backward", _triton_gates_backward)
+register_triton("gru_update", _triton_update)
+register_triton("gru_update_backward", _triton_update_backward)
+torch.library.register_autograd("convrnn::gru_gates", _gates_backward, setup_context=_gates_setup_context)
+torch.library.register_autograd("convrnn::gru_update", _update_backward, setup_context=_update_setup_context)
+register_once_differentiable("gru_gates_backward")
+register_once_differentiable("gru_update_backward")

@@ -1,0 +1,82 @@
+"""First-order linear recurrences in log space: ``convrnn::log_scan`` and :func:`parallel_scan_log`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import check_floating, check_same_device
+from ._library import register_once_differentiable, register_triton
+
+
+def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """x_0 = b_0, x_t = a_t x_{t-1} + b_t for positive a and b, given by their logarithms.
+
+    The kernel returns log x in fp32 (fp64 for float64), computed in one pass without the cumulative sums of the usual
+    form, whose error grows with T; this function returns its exponential. -inf stands for a zero coefficient.
+
+    Args:
+        log_a: (B, T, *), log a_1 .. log a_T; float32, float64, bfloat16 or float16.
+        log_b: (B, T+1, *), log b_0 .. log b_T, of the same dtype; b_0 is the initial value.
+
+    Returns:
+        x (B, T+1, *), contiguous.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or the dtypes differ.
+        ValueError: a shape or device does not fit.
+
+    Source: the recurrence of Heinsen 2023, arXiv 2311.06281.
+
+    Example:
+        >>> parallel_scan_log(torch.zeros(1, 3), torch.zeros(1, 4))  # x_t = x_{t-1} + 1
+        tensor([[1., 2., 3., 4.]])
+    """
+    check_floating("log_a", log_a)
+    check_floating("log_b", log_b)
+    check_same_device("log_b", log_b, "log_a", log_a)
+    if log_a.dtype != log_b.dtype:
+        raise TypeError(f"log_b must have the dtype of log_a {log_a.dtype}, got {log_b.dtype}")
+    if log_a.dim() < 2:
+        raise ValueError(f"log_a must be (B, T, *), got {list(log_a.shape)}")
+    expected = [log_a.shape[0], log_a.shape[1] + 1] + list(log_a.shape[2:])
+    if list(log_b.shape) != expected:
+        raise ValueError(f"log_b must be (B, T+1, *) = {expected}, got {list(log_b.shape)}")
+    return torch.ops.convrnn.log_scan(log_a, log_b).exp().to(log_b.dtype)
+
+
+@torch.library.register_fake("convrnn::log_scan")
+def _(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return log_b.new_empty(log_b.shape, dtype=torch.float64 if log_b.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake("convrnn::log_scan_backward")
+def _(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
+    return log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
+
+
+def _triton(log_a: Tensor, log_b: Tensor) -> Tensor:
+    from ..kernels.log_scan import log_scan_fwd
+
+    return log_scan_fwd(log_a, log_b)
+
+
+def _triton_backward(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
+    from ..kernels.log_scan import log_scan_bwd
+
+    return log_scan_bwd(dlog_x, log_a, log_b, log_x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, dlog_x: Tensor) -> tuple[Tensor, Tensor]:
+    dlog_a, dlog_b = torch.ops.convrnn.log_scan_backward(dlog_x, *ctx.saved_tensors)
+    return dlog_a, dlog_b
+
+
+register_triton("log_scan", _triton)
+register_triton("log_scan_backward", _triton_backward)
+torch.library.register_autograd("convrnn::log_scan", _backward, setup_context=_setup_context)
+register_once_differentiable("log_scan_backward")

@@ -1,0 +1,143 @@
+"""minGRU: ``convrnn::mingru`` and its public functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import layout
+from ._check import check_floating, check_same_device
+from ._library import register_once_differentiable, register_triton
+
+
+def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """h_t = (1 - z_t) . h_{t-1} + z_t . g(hidden_t) with z_t = sigmoid(gate_t), for all t in one pass.
+
+    g(x) = x + 1/2 for x >= 0 and sigmoid(x) otherwise; z is the share of the candidate. Arithmetic and state are fp32
+    (fp64 for float64) whatever the dtype of the tensors, so that one call, several calls on pieces of T, and one call
+    a step agree. Saved for backward: the two inputs and ``h``.
+
+    Args:
+        gate_hidden: (B, T, 2*C, *S), the gates' pre-activations in the first C channels and the candidates' in the last;
+            float32, float64, bfloat16 or float16. Any batch and time strides; frames (C, *S) that are contiguous or
+            channels last are read in place.
+        h0: (B, C, *S), the state before the first step, of any of these dtypes. None is minGRU's 'zero' state,
+            g(0) = 1/2 everywhere.
+
+    Returns:
+        ``h`` (B, T, C, *S) in the dtype and frame layout of ``gate_hidden``, and ``h_n`` (B, C, *S), the state after
+        the last step in the dtype of ``h0`` (of ``gate_hidden`` where there is none).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: a shape or device does not fit.
+
+    Source: Feng et al. 2024, arXiv 2410.01201; over frames, Heindl 2024.
+
+    Example:
+        >>> h, h_n = mingru(torch.zeros(2, 5, 2 * 3))
+        >>> h.shape, h_n.shape
+        (torch.Size([2, 5, 3]), torch.Size([2, 3]))
+    """
+    check_floating("gate_hidden", gate_hidden)
+    if gate_hidden.dim() < 3 or gate_hidden.shape[2] % 2 != 0:
+        raise ValueError(f"gate_hidden must be (B, T, 2*C, *S), got {list(gate_hidden.shape)}")
+    if h0 is not None:
+        check_floating("h0", h0)
+        check_same_device("h0", h0, "gate_hidden", gate_hidden)
+        expected = [gate_hidden.shape[0], gate_hidden.shape[2] // 2] + list(gate_hidden.shape[3:])
+        if list(h0.shape) != expected:
+            raise ValueError(f"h0 must be (B, C, *S) = {expected}, got {list(h0.shape)}")
+    h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0)
+    return h, h_n
+
+
+def mingru_gate_hidden(gate: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
+    """All states of :func:`mingru` from separate gates and candidates.
+
+    The two are packed first: where one projection makes both, :func:`mingru` on its result saves that copy.
+
+    Args:
+        gate: (B, T, C, *S), the gates' pre-activations.
+        hidden: (B, T, C, *S), the candidates' pre-activations, of the same dtype.
+        h: (B, 1, C, *S), the state before the first step.
+
+    Returns:
+        The states (B, T, C, *S).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or gate and hidden differ in dtype.
+        ValueError: a shape or device does not fit.
+
+    Example:
+        >>> mingru_gate_hidden(torch.zeros(2, 5, 3), torch.zeros(2, 5, 3), torch.full((2, 1, 3), 0.5)).shape
+        torch.Size([2, 5, 3])
+    """
+    check_floating("gate", gate)
+    check_floating("hidden", hidden)
+    check_floating("h", h)
+    if gate.dim() < 3:
+        raise ValueError(f"gate must be (B, T, C, *S), got {list(gate.shape)}")
+    if hidden.shape != gate.shape:
+        raise ValueError(f"hidden must have the shape of gate {list(gate.shape)}, got {list(hidden.shape)}")
+    if hidden.dtype != gate.dtype:
+        raise TypeError(f"hidden must have the dtype of gate {gate.dtype}, got {hidden.dtype}")
+    if h.dim() != gate.dim() or h.shape[1] != 1:
+        raise ValueError(f"h must be (B, 1, C, *S) for gate {list(gate.shape)}, got {list(h.shape)}")
+    return mingru(torch.cat((gate, hidden), dim=2), h.squeeze(1))[0]
+
+
+def _state_like(gate_hidden: Tensor, h0: Tensor | None, channels_last: bool) -> Tensor:
+    shape = (gate_hidden.shape[0], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:])
+    return layout.empty(gate_hidden, shape, 1, channels_last, gate_hidden.dtype if h0 is None else h0.dtype)
+
+
+@torch.library.register_fake("convrnn::mingru")
+def _(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    channels_last = layout.is_channels_last(gate_hidden, 2)
+    shape = (*gate_hidden.shape[:2], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:])
+    h = layout.empty(gate_hidden, shape, 2, channels_last, gate_hidden.dtype)
+    return h, _state_like(gate_hidden, h0, channels_last)
+
+
+@torch.library.register_fake("convrnn::mingru_backward")
+def _(
+    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    channels_last = layout.is_channels_last(gate_hidden, 2)
+    dgate_hidden = layout.empty(gate_hidden, gate_hidden.shape, 2, channels_last, gate_hidden.dtype)
+    return dgate_hidden, gate_hidden.new_empty(0) if h0 is None else _state_like(gate_hidden, h0, channels_last)
+
+
+def _triton(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    from ..kernels.mingru import mingru_fwd
+
+    return mingru_fwd(gate_hidden, h0)
+
+
+def _triton_backward(
+    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.mingru import mingru_bwd
+
+    return mingru_bwd(dh, dh_n, gate_hidden, h0, h)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gate_hidden, h0 = inputs
+    ctx.save_for_backward(gate_hidden, h0, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if dh is None and dh_n is None:
+        return None, None
+    gate_hidden, h0, h = ctx.saved_tensors
+    dgate_hidden, dh0 = torch.ops.convrnn.mingru_backward(dh, dh_n, gate_hidden, h0, h)
+    return dgate_hidden, None if h0 is None else dh0
+
+
+register_triton("mingru", _triton)
+register_triton("mingru_backward", _triton_backward)
+torch.library.register_autograd("convrnn::mingru", _backward, setup_context=_setup_context)
+register_once_differentiable("mingru_backward")

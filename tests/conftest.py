@@ -1,0 +1,41 @@
+"""The device that the suite runs on, its seed, and the shapes that fit it."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("CONVRNN_BACKEND") == "triton"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the tests put their tensors")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "compiled: needs kernels that are compiled, not interpreted (CONVRNN_BACKEND unset)"
+    )
+    config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter alone (CONVRNN_BACKEND=triton)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`make test` runs the suite twice, with the C++ kernels and in the interpreter: each test in its place."""
+    elsewhere = "compiled" if INTERPRETED else "interpreted"
+    deselected = [item for item in items if item.get_closest_marker(elsewhere)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda: no CUDA device is present")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,64 @@
+"""Inputs of every op for the tests of registration: dtypes, strides, optional arguments."""
+
+import torch
+from torch import Tensor
+
+
+def _randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor | None, ...]]:
+    """Argument tuples of ``torch.ops.convrnn.<op>``."""
+
+    def randn(*shape: int) -> Tensor:
+        return _randn(device, dtype, *shape)
+
+    if op == "mingru":
+        video = randn(2, 4, 6, 2, 3)
+        return [
+            (randn(2, 4, 6), None),
+            (randn(2, 4, 12)[:, :, :6], randn(2, 3)),
+            (video, randn(2, 3, 2, 3)),
+            (video.movedim(2, -1).contiguous().movedim(-1, 2), randn(2, 3, 2, 3)),
+            (randn(4, 2, 6).transpose(0, 1), randn(2, 3)),
+        ]
+    if op == "log_scan":
+        return [(randn(2, 4, 3), randn(2, 5, 3)), (randn(4, 2, 3, 2).transpose(0, 1), randn(2, 5, 3, 2))]
+    if op == "gru_gates":
+        return [
+            (randn(2, 6, 4), randn(2, 6, 4), randn(2, 3, 4)),
+            (randn(2, 8, 4)[:, :6], randn(2, 6, 4), randn(2, 3, 4)),
+        ]
+    if op == "gru_update":
+        return [tuple(randn(2, 3, 4) for _ in range(4)), (randn(2, 6, 4)[:, 3:], *(randn(2, 3, 4) for _ in range(3)))]
+    if op == "gru_rcn":
+        weights = randn(9, 2, 3, 3), randn(6, 3, 3, 3), randn(3, 3, 3, 3)
+        return [
+            (randn(2, 3, 2, 4, 5), None, *weights, None),
+            (randn(3, 2, 2, 4, 5).transpose(0, 1), randn(2, 3, 4, 5), *weights, randn(9)),
+            (randn(2, 3, 2, 4), None, randn(9, 2, 3), randn(6, 3, 1), randn(3, 3, 3), randn(9)),
+        ]
+    raise ValueError(f"no samples for {op}")
+
+
+def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[tuple[object, ...]]:
+    """Argument tuples of ``torch.ops.convrnn.<op>_backward`` that follow from the forward's."""
+    forward = getattr(torch.ops.convrnn, op)
+    samples: list[tuple[object, ...]] = []
+    for arguments in forward_samples(op, device, dtype):
+        outputs = forward(*arguments)
+        upstream = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        if op == "mingru":
+            samples += [(*upstream, *arguments, outputs[0]), (None, upstream[1], *arguments, outputs[0])]
+        elif op == "log_scan":
+            samples.append((*upstream, *arguments, outputs))
+        elif op == "gru_gates":
+            samples.append((*upstream, *outputs[:2], arguments[2]))
+        elif op == "gru_update":
+            samples.append((*upstream, arguments[2], outputs[0], arguments[3]))
+        else:
+            out, _, gates = outputs
+            for mask in ([True] * 6, [False, True, False, True, False, False]):
+                samples.append((upstream[0], None, *arguments[:5], out, gates, mask))
+    return samples

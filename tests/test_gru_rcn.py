@@ -1,0 +1,167 @@
+"""convrnn.gru_rcn: the whole-sequence op against the float64 loop over frames."""
+
+import pytest
+import torch
+
+from convrnn import reference
+from convrnn.ops import gru_rcn
+
+from .compare import DTYPES, check_against_reference
+from .conftest import INTERPRETED
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+
+def make(
+    batch=2, steps=4, channels=(3, 4), size=(5, 6), kernels=None, *, h0=True, bias=False, device="cpu", dtype=None
+):
+    """x, h0, W, U, C, bias; `kernels` are the kernel sizes of W, U and C."""
+    in_channels, hidden = channels
+    kernels = kernels or [(3,) * len(size)] * 3
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype or torch.float32)
+
+    return [
+        randn(batch, steps, in_channels, *size),
+        randn(batch, hidden, *size) if h0 else None,
+        randn(3 * hidden, in_channels, *kernels[0], scale=0.3),
+        randn(2 * hidden, hidden, *kernels[1], scale=0.3),
+        randn(hidden, hidden, *kernels[2], scale=0.3),
+        randn(3 * hidden) if bias else None,
+    ]
+
+
+@pytest.mark.parametrize("h0", [False, True], ids=["no_h0", "h0"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference(dtype, bias, h0, device):
+    check_against_reference(gru_rcn, reference.gru_rcn, make(h0=h0, bias=bias, device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "kernel", [(1, 1), (3, 3), (5, 5), (2, 2), (4, 4), (1, 5), (5, 1), (2, 3), (3, 4)], ids=lambda k: f"{k[0]}x{k[1]}"
+)
+def test_kernel_sizes(kernel, device):
+    check_against_reference(gru_rcn, reference.gru_rcn, make(kernels=[kernel] * 3, bias=True, device=device))
+
+
+def test_kernels_of_different_sizes(device):
+    check_against_reference(gru_rcn, reference.gru_rcn, make(kernels=[(5, 3), (3, 3), (1, 2)], device=device))
+
+
+@pytest.mark.parametrize("size", [(7,), (1,), (1, 1), (1, 9), (3, 2, 4)], ids=str)
+def test_frame_sizes(size, device):
+    check_against_reference(gru_rcn, reference.gru_rcn, make(size=size, device=device))
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 3), (3, 1)])
+def test_one_sample_and_one_step(batch, steps, device):
+    for h0 in (False, True):
+        check_against_reference(gru_rcn, reference.gru_rcn, make(batch, steps, h0=h0, device=device))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.cat((x, x), 2)[:, :, : x.shape[2]],
+        lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
+    ],
+    ids=["time_first", "chunk", "channels_last"],
+)
+def test_strides(view, device):
+    x, h0, *weights = make(device=device)
+    weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
+    h0 = h0.transpose(-1, -2).contiguous().transpose(-1, -2)
+    check_against_reference(gru_rcn, reference.gru_rcn, [view(x), h0, *weights])
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(2, 0), (0, 3), (0, 0)])
+def test_empty(batch, steps, device):
+    leaves = [x.requires_grad_() for x in make(batch, steps, bias=True, device=device)]
+    out, h_n = gru_rcn(*leaves)
+    assert out.shape == (batch, steps, 4, 5, 6) and torch.equal(h_n, leaves[1])
+    gradients = torch.autograd.grad(out.sum() + h_n.sum(), leaves)
+    assert torch.equal(gradients[1], torch.ones_like(leaves[1]))
+    assert all(gradient.eq(0).all() for gradient in gradients[2:])
+
+
+def test_any_split_of_time_agrees(device):
+    x, h, *weights = make(steps=6, device=device)
+    whole, h_n = gru_rcn(x, h, *weights)
+    parts = []
+    for piece in x.split([1, 3, 2], dim=1):
+        out, h = gru_rcn(piece, h, *weights)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(h, h_n, rtol=0, atol=1e-6)
+
+
+def test_state_is_fp32_whatever_the_dtype(device):
+    x, h0, *weights = make(device=device, dtype=torch.bfloat16)
+    out, h_n = gru_rcn(x, h0.float(), *weights)
+    assert out.dtype == torch.bfloat16 and h_n.dtype == torch.float32
+    torch.testing.assert_close(out[:, -1], h_n.bfloat16(), rtol=0, atol=0)
+
+
+def test_only_the_wanted_gradients(device):
+    names = ["x", "h0", "W", "U", "C", "bias"]
+    arguments = make(bias=True, device=device)
+    leaves = [a.clone().requires_grad_() for a in arguments]
+    expected = torch.autograd.grad(gru_rcn(*leaves)[0].sum(), leaves)
+    for i, name in enumerate(names):
+        chosen = [a.clone().requires_grad_(i == j) for j, a in enumerate(arguments)]
+        gru_rcn(*chosen)[0].sum().backward()
+        torch.testing.assert_close(chosen[i].grad, expected[i], msg=name)
+
+
+def test_gradients_where_one_output_is_used(device):
+    arguments = make(device=device)
+    for which in (0, 1):
+        check_against_reference(
+            lambda *a, i=which: gru_rcn(*a)[i], lambda *a, i=which: reference.gru_rcn(*a)[i], arguments
+        )
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3)], ids=str)
+def test_gradcheck(kernel, device):
+    leaves = [
+        x.requires_grad_()
+        for x in make(1, 2, (2, 2), (3, 2), [kernel] * 3, bias=True, device=device, dtype=torch.float64)
+    ]
+    assert torch.autograd.gradcheck(gru_rcn, leaves, fast_mode=INTERPRETED)
+
+
+def test_double_backward_says_no(device):
+    x, *rest = make(device=device)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(gru_rcn(x, *rest)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "position", "bad"),
+    [
+        (TypeError, "x must", 0, lambda x: x.long()),
+        (ValueError, "x must", 0, lambda x: x[0, 0]),
+        (ValueError, "W must", 0, lambda x: x[:, :, 1:]),
+        (TypeError, "W must", 0, lambda x: x.double()),
+        (ValueError, "h0 must", 1, lambda h: h[:1]),
+        (ValueError, "h0 must", 1, lambda h: h[..., 1:]),
+        (ValueError, "h0 must", 1, lambda h: h.to("meta")),
+        (ValueError, "W must", 2, lambda w: w[1:]),
+        (ValueError, "U must", 3, lambda w: w[:, 1:]),
+        (TypeError, "U must", 3, lambda w: w.bfloat16()),
+        (ValueError, "C must", 4, lambda w: w[:, 1:]),
+        (ValueError, "C must", 4, lambda w: w[0]),
+        (ValueError, "bias must", 5, lambda b: b[1:]),
+        (TypeError, "bias must", 5, lambda b: b.double()),
+    ],
+)
+def test_bad_input_is_named(error, named, position, bad):
+    arguments = make(bias=True)
+    arguments[position] = bad(arguments[position])
+    with pytest.raises(error, match=named):
+        gru_rcn(*arguments)

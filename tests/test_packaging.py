@@ -1,0 +1,126 @@
+"""What is installed: the wheel in an environment of its own, outside the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import convrnn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.compiled
+
+SMOKE = """
+import convrnn, convrnn.kernels, importlib.util, pathlib, sys, torch
+from convrnn.ops._library import LIBRARY
+assert importlib.util.find_spec("kernels") is None, "a top-level package named kernels is installed"
+site = pathlib.Path(sys.argv[1])
+assert site in pathlib.Path(convrnn.__file__).parents and site in LIBRARY.parents
+layer = convrnn.GRU_RCN(3, 4, 3)
+out, h_n = layer(torch.randn(2, 5, 3, 8, 8))
+out.sum().backward()
+assert out.shape == (2, 5, 4, 8, 8) and layer.W.grad.isfinite().all()
+"""
+
+
+def run(*command, **kwargs):
+    result = subprocess.run(command, check=False, capture_output=True, text=True, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The tracked and new files of the checkout, without what earlier builds left in it."""
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    target = tmp_path_factory.mktemp("source")
+    for name in files:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
+    run(*pip, "--wheel-dir", str(out), ".", cwd=source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_wheel_contents(wheel):
+    assert "-cp310-abi3-linux" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"convrnn", f"convrnn-{wheel.name.split('-')[1]}.dist-info"}
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    assert {f"convrnn/kernels/{name}" for name in kernels} <= set(names)
+    assert "convrnn/py.typed" in names and "convrnn/_C.abi3.so" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+
+
+@pytest.mark.slow
+def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
+    """In a fresh environment that sees this interpreter's PyTorch and nothing else of the checkout."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    here = Path(convrnn.__file__).parents[1]
+    paths = [p for p in sys.path if p.endswith("site-packages") and Path(p) != here]
+    # behind the environment's own packages, and without this environment's import hooks (its editable convrnn)
+    (site / "torch.pth").write_text("\n".join(f"import sys; sys.path.append({p!r})" for p in paths))
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONVRNN_BACKEND")}
+    run(str(python), "-c", SMOKE, str(site), cwd=tmp_path, env=env)
+    run(str(python), "-m", "convrnn.info", cwd=tmp_path, env=env)
+
+
+def test_the_library_uses_the_stable_abi_alone():
+    """No symbol of LibTorch's unstable C++ ABI and none of CPython: that is what makes one wheel serve them all."""
+    from convrnn.ops._library import LIBRARY
+
+    undefined = run("nm", "-D", "--undefined-only", "--demangle", str(LIBRARY))
+    foreign = [line for line in undefined.splitlines() if any(s in line for s in (" c10::", " at::", " _Py", " Py"))]
+    assert not foreign, foreign
+
+
+def test_no_kernels_package_in_the_way():
+    """convrnn/kernels would silently win over the mapping of kernels/; a top-level `kernels` belongs to others."""
+    assert not (ROOT / "convrnn" / "kernels").exists()
+    run(sys.executable, "-c", "import importlib.util as u; assert u.find_spec('kernels') is None", cwd="/")
+    import convrnn.kernels
+
+    assert Path(convrnn.kernels.__file__).parent == ROOT / "kernels"
+
+
+@pytest.mark.slow
+def test_no_compiler_is_one_sentence(source):
+    env = os.environ | {"CXX": "no-such-compiler"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "elsewhere", "--build-temp", "elsewhere"]
+    result = subprocess.run(command, check=False, cwd=source, env=env, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith("convrnn needs a C++17 compiler")
+
+
+@pytest.mark.slow
+def test_debug_and_max_jobs_are_honoured(source, tmp_path):
+    """A `ninja` before the real one on the path notes how it was called."""
+    noting = tmp_path / "bin" / "ninja"
+    noting.parent.mkdir()
+    noting.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {shutil.which("ninja")} "$@"\n')
+    noting.chmod(0o755)
+    env = os.environ | {"DEBUG": "1", "MAX_JOBS": "1", "PATH": f"{noting.parent}:{os.environ['PATH']}"}
+    folders = ("--build-lib", str(tmp_path), "--build-temp", str(tmp_path))
+    run(sys.executable, "setup.py", "build_ext", *folders, cwd=source, env=env)
+    assert "-j 1" in (tmp_path / "calls").read_text()
+    (built,) = tmp_path.rglob("_C.abi3.so")
+    assert ".debug_info" in run("readelf", "-S", "-W", str(built))

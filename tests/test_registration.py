@@ -1,0 +1,157 @@
+"""What PyTorch expects of an op: opcheck, fakes, torch.compile, autocast, scripting; for every op."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import convrnn
+from convrnn.info import OPS
+
+from .samples import backward_samples, forward_samples
+
+F32 = torch.float32
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_forward(op, dtype, device):
+    overload = getattr(torch.ops.convrnn, op).default
+    for arguments in forward_samples(op, device, dtype):
+        grown = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(overload, tuple(arguments))
+        # gradients of 16-bit dtypes differ between eager and traced decompositions by rounding
+        utils = None if dtype == F32 else ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(overload, tuple(grown), **({} if utils is None else {"test_utils": utils}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_backward(op, device):
+    overload = getattr(torch.ops.convrnn, f"{op}_backward").default
+    for arguments in backward_samples(op, device):
+        torch.library.opcheck(overload, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_fakes_have_exact_shapes_strides_and_dtypes(op, dtype, device):
+    mode = torch._subclasses.FakeTensorMode()
+    for name, samples in ((op, forward_samples), (f"{op}_backward", backward_samples)):
+        f = getattr(torch.ops.convrnn, name)
+        for arguments in samples(op, device, dtype):
+            real = f(*arguments)
+            with mode:
+                fake = f(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+            real, fake = ((y,) if isinstance(y, torch.Tensor) else y for y in (real, fake))
+            for a, b in zip(real, fake, strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_share_no_memory(op, device):
+    for name, samples in ((op, forward_samples), (f"{op}_backward", backward_samples)):
+        f = getattr(torch.ops.convrnn, name)
+        for arguments in samples(op, device):
+            outputs = f(*arguments)
+            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            tensors = [*outputs, *(a for a in arguments if isinstance(a, torch.Tensor))]
+            storages = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+            given = len([a for a in arguments if isinstance(a, torch.Tensor) and a.numel()])
+            fresh, old = storages[: len(storages) - given], storages[len(storages) - given :]
+            assert len(set(fresh)) == len(fresh) and not set(fresh) & set(old)
+
+
+PUBLIC = {
+    "mingru": lambda a: convrnn.mingru(*a),
+    "log_scan": lambda a: convrnn.parallel_scan_log(*a),
+    "gru_gates": lambda a: convrnn.ops.gru_gates(*a),
+    "gru_update": lambda a: convrnn.ops.gru_update(*a),
+    "gru_rcn": lambda a: convrnn.gru_rcn(*a),
+}
+
+
+def _loss(outputs):
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return sum(y.float().square().sum() for y in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", OPS)
+def test_compile_fullgraph(op, dynamic, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(PUBLIC[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for arguments in forward_samples(op, device):
+        eager = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+        traced = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in eager]
+        expected, got = _loss(PUBLIC[op](eager)), _loss(compiled(traced))
+        torch.testing.assert_close(got, expected)
+        expected.backward()
+        got.backward()
+        for a, b in zip(eager, traced, strict=True):
+            if a is not None:
+                torch.testing.assert_close(b.grad, a.grad)
+
+
+@pytest.mark.slow
+def test_inductor_and_changing_lengths_compile_once(device):
+    """The whole stack, code generation included; T, B, H and W change without a compilation each."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+
+    def f(x, W, U, C):
+        out, h_n = convrnn.gru_rcn(x * 2, None, W, U, C)
+        gate_hidden = torch.cat((out, out.relu()), 2)
+        return convrnn.mingru(gate_hidden)[0].sum() + h_n.sum()
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
+    weights = [torch.randn(*shape, device=device) / 4 for shape in ((9, 2, 3, 3), (6, 3, 3, 3), (3, 3, 3, 3))]
+    for batch, steps, height, width in ((2, 3, 4, 5), (3, 4, 6, 7), (4, 7, 5, 9)):
+        x = torch.randn(batch, steps, 2, height, width, device=device, requires_grad=True)
+        torch.testing.assert_close(compiled(x, *weights), f(x, *weights), rtol=1e-4, atol=1e-4)
+        compiled(x, *weights).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, device):
+    x, h0, W, U, C, bias = forward_samples("gru_rcn", device)[1]
+    W.requires_grad_()
+    with torch.autocast(device, dtype=dtype):
+        out, h_n = convrnn.gru_rcn(x, h0, W, U, C, bias)
+        (gradient,) = torch.autograd.grad(out.float().sum(), W)
+    assert out.dtype == dtype and h_n.dtype == torch.float32 and gradient.dtype == torch.float32
+    low = [a.to(dtype) for a in (W, U, C, bias)]
+    assert torch.equal(out, convrnn.gru_rcn(x.to(dtype), h0, *low)[0])
+
+
+@pytest.mark.parametrize("op", ["mingru", "gru_rcn"])
+def test_scripting(op, device, tmp_path):
+    scripted = torch.jit.script(getattr(convrnn, op))
+    for arguments in forward_samples(op, device):
+        for a, b in zip(scripted(*arguments), getattr(convrnn, op)(*arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_scripted_archive_loads_with_the_library_alone(tmp_path, device):
+    """A process that never imports convrnn runs a scripted model after torch.ops.load_library."""
+    if device != "cpu":
+        pytest.skip("the library alone holds the CPU kernels")
+    from convrnn.ops._library import LIBRARY
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.convrnn.mingru(x)[0]
+
+    x = torch.randn(2, 5, 6)
+    torch.jit.script(Model()).save(str(tmp_path / "model.pt"))
+    torch.save((x, Model()(x)), tmp_path / "case.pt")
+    code = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); x, y = torch.load(sys.argv[3]);"
+        "assert torch.allclose(torch.jit.load(sys.argv[2])(x), y, atol=1e-6); assert 'convrnn' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(LIBRARY), str(tmp_path / "model.pt"), str(tmp_path / "case.pt")], check=True
+    )

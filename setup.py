@@ -30,8 +30,14 @@ library = CppExtension(
     sorted(str(source) for source in Path("kernels/cpu").glob("*.cpp")),
     define_macros=[("TORCH_TARGET_VERSION", TORCH_FLOOR), ("Py_LIMITED_API", "0x030a0000")],
     # -ffp-contract: the same fused multiply-adds from every compiler. No -march: the instruction set is chosen at run
-    # time (kernels/cpu/isa.h).
-    extra_compile_args=["-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+    # time (kernels/cpu/isa.h). -fno-trapping-math: else a select whose arms compute is a branch and no loop vectorises.
+    extra_compile_args=[
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ]
     + (["-O0", "-g"] if debug else ["-O3", "-g0"]),
     depends=sorted(str(header) for header in Path("kernels/cpu").glob("*.h")),
     py_limited_api=True,

@@ -1,10 +1,11 @@
 // log x of x_0 = b_0, x_t = a_t x_{t-1} + b_t, given log a and log b.
 //
-// x = s e^m with s >= 1: a step takes the larger of the two exponents as the new m and scales the other part by one
-// exponential; the logarithm is taken on output alone. m is kept as an unevaluated sum of two floats, since rounding it
-// at each of 10^5 steps would add up. log x is fp32 (fp64) whatever the dtype of the inputs: rounded to 16 bits it would
-// move x by a share of |log x|. Backward: x_t passes the share p = a x_{t-1} / x_t = sigmoid(log a + log x_{t-1} - log b)
-// of its gradient to log a and to x_{t-1}, and 1 - p to log b.
+// x = s e^m. While log b <= m + log a + 1, m takes up log a and s gains e^(log b - m); beyond, m restarts at log b and s
+// is scaled: one exponential a step either way, and a logarithm on output alone. The headroom of 1 keeps a = 1 - small out
+// of the exponential, and both m and s carry their rounding errors along, since 10^5 of them would add up. log x is fp32
+// (fp64) whatever the dtype of the inputs: rounded to 16 bits it would move x by a share of |log x|. A zero, log -inf, is
+// -1e30 inside. Backward: x_t passes the share p = a x_{t-1} / x_t = sigmoid(log a + log x_{t-1} - log b) of its gradient
+// to log a and to x_{t-1}, and 1 - p to log b.
 // Source: Heinsen 2023, arXiv 2311.06281 (the recurrence); one pass instead of its cumulative sums.
 
 #include <algorithm>
@@ -17,45 +18,77 @@ namespace {
 
 constexpr int64_t kBlock = 256;
 
-// One step of a lane's state (m + low, s).
+constexpr float kHeadroom = 1.f, kZero = -1e30f;
+
+// Knuth's two-sum: a + b and its rounding error.
 template <class A>
-CONVRNN_INLINE void step(A log_a, A log_b, A& m, A& low, A& s) {
-  const A carried = m + log_a;  // and its rounding error, exactly (Knuth's two-sum)
-  const A part = carried - m;
-  A error = (m - (carried - part)) + (log_a - part) + low;
-  error = carried - carried == A(0) ? error : A(0);  // infinite: nothing to compensate
-  const A distance = (log_b - carried) - error;
-  const A e = carried == log_b ? A(1) : exp_(distance < A(0) ? distance : -distance);
-  const bool keep = carried >= log_b;
-  const A smaller = distance - distance == A(0) || carried == log_b ? e : A(0);  // one of the two is a zero
-  s = keep ? s + smaller : s * smaller + A(1);
-  m = keep ? carried : log_b;
-  low = keep ? error : A(0);
+CONVRNN_INLINE A two_sum(A a, A b, A& error) {
+  const A sum = a + b;
+  const A part = sum - a;
+  error = (a - (sum - part)) + (b - part);
+  return sum;
 }
+
+template <class A>
+CONVRNN_INLINE A finite(A x) {
+  return x < A(kZero) ? A(kZero) : x;
+}
+
+// x = (s + s_low) e^(m + m_low) of one lane.
+template <class A>
+struct State {
+  A m, m_low, s, s_low;
+
+  static CONVRNN_INLINE State from(A log_b) {
+    return {finite(log_b), A(0), A(1), A(0)};
+  }
+  CONVRNN_INLINE void step(A log_a, A log_b) {
+    log_b = finite(log_b);
+    A error;
+    const A moved = two_sum(m, finite(log_a), error);
+    const A moved_low = m_low + error;
+    const A distance = (moved - log_b) + moved_low;
+    const bool restart = distance < A(-kHeadroom);
+    const A e = exp_(restart ? distance : -distance);
+    const A scale = restart ? e : A(1);
+    s = two_sum(s * scale, restart ? A(1) : e, error);
+    s_low = s_low * scale + error;
+    m = restart ? log_b : moved;
+    m_low = restart ? A(0) : moved_low;
+  }
+  CONVRNN_INLINE A log() const {
+    const A log_x = m + (m_low + log_(s + s_low));
+    return log_x < A(kZero / 2) ? -std::numeric_limits<A>::infinity() : log_x;
+  }
+};
 
 template <class T>
 struct Forward {
-  static CONVRNN_INLINE void run(const T* log_a, const T* log_b, acc_t<T>* log_x, acc_t<T>* m, acc_t<T>* low,
-                                 acc_t<T>* s, int64_t steps, int64_t n, int64_t a_step, int64_t b_step, int64_t x_step) {
+  static CONVRNN_INLINE void run(const T* log_a, const T* log_b, acc_t<T>* log_x, acc_t<T> (*state)[kBlock],
+                                 int64_t steps, int64_t n, int64_t a_step, int64_t b_step, int64_t x_step) {
     using A = acc_t<T>;
+    A *m = state[0], *m_low = state[1], *s = state[2], *s_low = state[3];
     CONVRNN_LANES
     for (int64_t i = 0; i < n; ++i) {
-      m[i] = A(log_b[i]);
-      low[i] = A(0);
-      s[i] = A(1);
-      log_x[i] = A(log_b[i]);
+      const State<A> x = State<A>::from(A(log_b[i]));
+      log_x[i] = x.log();
+      m[i] = x.m;
+      m_low[i] = x.m_low;
+      s[i] = x.s;
+      s_low[i] = x.s_low;
     }
     for (int64_t t = 0; t < steps; ++t, log_a += a_step) {
       log_b += b_step;
       log_x += x_step;
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        A mi = m[i], lowi = low[i], si = s[i];
-        step(A(log_a[i]), A(log_b[i]), mi, lowi, si);
-        log_x[i] = mi + (lowi + log_(si));
-        m[i] = mi;
-        low[i] = lowi;
-        s[i] = si;
+        State<A> x = {m[i], m_low[i], s[i], s_low[i]};
+        x.step(A(log_a[i]), A(log_b[i]));
+        log_x[i] = x.log();
+        m[i] = x.m;
+        m_low[i] = x.m_low;
+        s[i] = x.s;
+        s_low[i] = x.s_low;
       }
     }
   }
@@ -131,9 +164,9 @@ Tensor log_scan(const Tensor& log_a, const Tensor& log_b) {
     const int64_t a_batch = a.stride(0), a_step = a.stride(1), b_batch = b.stride(0), b_step = b.stride(1);
     const int64_t steps = a.size(1);
     lanes.parallel(b.size(0), [&](int64_t row, int64_t first, int64_t n) {
-      acc_t<T> m[kBlock], low[kBlock], s[kBlock];
+      acc_t<T> state[4][kBlock];
       run<Forward<T>>(pa + row * a_batch + first, pb + row * b_batch + first,
-                      px + row * (steps + 1) * lanes.lanes + first, &m[0], &low[0], &s[0], steps, n, a_step, b_step,
+                      px + row * (steps + 1) * lanes.lanes + first, &state[0], steps, n, a_step, b_step,
                       lanes.lanes);
     });
   });

@@ -1,0 +1,126 @@
+"""GRU-RCN: the convolutional GRU over a whole sequence of feature maps."""
+
+import torch
+from torch import Tensor, nn
+
+from convrnn.ops import gru_rcn
+
+from ._checks import as_int, as_pair, check_input, check_shape
+
+__all__ = ["GRU_RCN"]
+
+
+class GRU_RCN(nn.Module):
+    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c, frame after frame.
+
+    ``*`` is a convolution with zero padding that keeps the frame's size, ``.`` the elementwise product, s the
+    logistic function. z near 1 takes the candidate c, z near 0 keeps the state h. An even kernel pads one more row
+    or column at the end than at the start, as ``padding="same"`` does in PyTorch.
+
+    Parameters of the module: ``W`` (3*Oh, Ox, kh, kw) packed in the order z, r, c; ``U`` (2*Oh, Oh, kh, kw) in the
+    order z, r; ``C`` (Oh, Oh, kh, kw); ``bias`` (3*Oh), packed as ``W``, or None. With Ox = ``in_channels`` and
+    Oh = ``nb_kernels``.
+
+    Args:
+        in_channels: channels Ox of a frame.
+        nb_kernels: channels Oh of the state and of the output.
+        kernel_size: size of every kernel, an int or (kh, kw).
+        batch_first: True for sequences (B, L, ...), False for (L, B, ...).
+        bias: learn a bias for each of z, r and c; it starts at zero.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is not positive, or ``kernel_size`` is no pair.
+
+    Source:
+        Ballas et al., "Delving Deeper into Convolutional Networks for Learning Video Representations", ICLR 2016,
+        arXiv 1511.06432.
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.GRU_RCN(in_channels=5, nb_kernels=8, kernel_size=3)
+        >>> out, h_n = rnn(torch.rand(2, 4, 5, 6, 6))
+        >>> out.shape, h_n.shape
+        (torch.Size([2, 4, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        nb_kernels: int,
+        kernel_size: int | tuple[int, int],
+        batch_first: bool = True,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = as_int("in_channels", in_channels, 1)
+        self.nb_kernels = as_int("nb_kernels", nb_kernels, 1)
+        self.kernel_size = as_pair("kernel_size", kernel_size, 1)
+        self.batch_first = bool(batch_first)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.W = parameter(3 * self.nb_kernels, self.in_channels, *self.kernel_size)
+        self.U = parameter(2 * self.nb_kernels, self.nb_kernels, *self.kernel_size)
+        self.C = parameter(self.nb_kernels, self.nb_kernels, *self.kernel_size)
+        self.register_parameter("bias", parameter(3 * self.nb_kernels) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws W, U and C from Xavier's uniform distribution, each as one packed tensor, and zeroes the bias."""
+        nn.init.xavier_uniform_(self.W)
+        nn.init.xavier_uniform_(self.U)
+        nn.init.xavier_uniform_(self.C)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs h' = (1-z).h + z.c over all frames.
+
+        Args:
+            x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``; float.
+            h: initial state (B, Oh, H, W), or (Oh, H, W) for the same one in every row of the batch, or None for zeros.
+
+        Returns:
+            out: the state after each frame, (B, L, Oh, H, W), or (L, B, Oh, H, W) without ``batch_first``.
+            h_n: the state after the last frame, (B, Oh, H, W).
+
+        Raises:
+            TypeError: ``x`` or ``h`` is no Tensor.
+            ValueError: ``x`` or ``h`` has the wrong shape.
+        """
+        x = self._batch_first(x)
+        if h is not None:
+            shape = self._state_shape(x)
+            if isinstance(h, Tensor) and h.dim() == 3:
+                check_shape("h", h, shape[1:])
+                h = h.expand(shape)
+            check_shape("h", h, shape)
+        out, h_n = gru_rcn(x, h, self.W, self.U, self.C, self.bias)
+        return (out if self.batch_first else out.transpose(0, 1)), h_n
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> Tensor:
+        """Returns the state that ``h=None`` stands for: zeros (B, Oh, H, W), of the dtype and device of x."""
+        return x.new_zeros(self._state_shape(self._batch_first(x)))
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        check_input(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", self.in_channels)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _state_shape(self, x: Tensor) -> list[int]:
+        return [x.shape[0], self.nb_kernels, x.shape[3], x.shape[4]]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.kernel_size}, "
+            f"batch_first={self.batch_first}, bias={self.bias is not None}"
+        )

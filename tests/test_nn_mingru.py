@@ -1,0 +1,198 @@
+"""MinGRUCell and MinGRU: against plain loops, every argument, carried state, checkpoints, TorchScript, bad input."""
+
+import copy
+import doctest
+import io
+import itertools
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from convrnn import MinGRU, MinGRUCell, reference
+
+B, S, SIZE = 2, 5, 3
+CASES = {
+    "cell": lambda **kw: MinGRUCell(SIZE, 4, **kw),
+    "one": lambda **kw: MinGRU(SIZE, 4, **kw),
+    "two": lambda **kw: MinGRU(SIZE, [4, 6], **kw),
+    "all": lambda **kw: MinGRU(SIZE, [4, 4, 6], norm=True, residual=True, **kw),
+}
+
+
+def build(case, device, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    rnn = CASES[case](device=device, dtype=dtype, **kwargs)
+    for name, parameter in rnn.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter)
+    return rnn.eval()
+
+
+def inputs(rnn, device):
+    """x, and states that are not the 'zero' state, negative values among them."""
+    torch.manual_seed(1)
+    x = torch.randn(B, S, SIZE, dtype=torch.float64, device=device)
+    return x, [torch.randn_like(s) for s in rnn.init_hidden_state(x)]
+
+
+def plain(rnn, x, h, residual):
+    """The stack restated from its state_dict: norm, projection, loop over time, residual."""
+    w, states = dict(rnn.named_parameters()), []
+    for i, h_i in enumerate(h):
+        key = f"layers.{i}.gate_hidden." if hasattr(rnn, "layers") else "to_gate_hidden."
+        size = x.shape[-1]
+        norm = [w.get(f"layers.{i}.norm.{name}") for name in ("weight", "bias")]
+        y = x if norm[0] is None else F.layer_norm(x, [size], *norm)
+        out, last = reference.mingru(F.linear(y, w[f"{key}weight"], w.get(f"{key}bias")), h_i.squeeze(1))
+        states.append(last.unsqueeze(1))
+        if residual:
+            align = w.get(f"layers.{i}.res_align.weight")
+            assert (align is None) == (size == out.shape[-1])
+            out = out + (x if align is None else F.linear(x, align))
+        x = out
+    return x, states
+
+
+def grads(outputs, leaves):
+    """Gradients of out and of every h_n, weighted by noise of another seed than the inputs'."""
+    torch.manual_seed(2)
+    flat = [outputs[0], *outputs[1]]
+    return torch.autograd.grad(flat, leaves, [torch.randn_like(y) for y in flat])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, bias, device):
+    rnn = build(case, device, bias=bias)
+    assert any(name.endswith("gate_hidden.bias") for name in rnn.state_dict()) == bias
+    x, h = inputs(rnn, device)
+    leaves = [x.requires_grad_(), *[s.requires_grad_() for s in h], *rnn.parameters()]
+    ours, truth = rnn(x, h), plain(rnn, x, h, residual=case == "all")
+    assert_close(ours, truth)
+    assert_close(grads(ours, leaves), grads(truth, leaves))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_zero_state(case, device):
+    rnn = build(case, device)
+    x = inputs(rnn, device)[0].requires_grad_()
+    h = rnn.init_hidden_state(x)
+    assert [s.shape for s in h] == [(B, 1, size) for size in rnn.layer_sizes[1:]] and len(h) == rnn.num_layers
+    assert all((s == 0.5).all() and not s.requires_grad and s.dtype == x.dtype and s.device == x.device for s in h)
+    assert rnn.init_hidden_state(x.bfloat16())[0].dtype == torch.bfloat16
+    assert_close(rnn(x), rnn(x, h))
+
+
+@pytest.mark.parametrize("sizes", [[1] * S, [1, S - 1], [3, 2]], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_carry_the_state(case, sizes, device):
+    rnn = build(case, device)
+    x, h = inputs(rnn, device)
+    whole, last = rnn(x, h)
+    parts = []
+    for chunk in x.split(sizes, dim=1):
+        out, h = rnn(chunk, h)
+        parts.append(out)
+    assert_close((torch.cat(parts, 1), h), (whole, last))
+
+
+def test_dropout_between_layers_only(device):
+    torch.manual_seed(0)
+    rnn = MinGRU(SIZE, [64, 4], dropout=0.25, device=device)
+    seen = []
+    rnn.layers[1].gate_hidden.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    x = torch.randn(B, 64, SIZE, device=device)
+    out, h = rnn(x)
+    first, last = MinGRU(SIZE, 64, device=device), MinGRU(64, 4, device=device)
+    first.layers[0].load_state_dict(rnn.layers[0].state_dict())
+    last.layers[0].load_state_dict(rnn.layers[1].state_dict())
+    full = first(x)[0].flatten(0, 1)
+    kept = seen[0] != 0
+    assert abs(kept.float().mean().item() - 0.75) < 0.03
+    assert_close(seen[0], torch.where(kept, full / 0.75, 0))
+    assert_close(out, last(seen[0].unflatten(0, (B, 64)))[0])
+    assert_close(h[0], full.unflatten(0, (B, 64))[:, -1:])
+    assert_close(rnn.eval()(x)[0], last(first(x)[0])[0])
+    assert not torch.equal(rnn.train()(x)[0], rnn(x)[0])
+    one = MinGRU(SIZE, 4, dropout=1.0, device=device)
+    assert_close(one(x)[0], one.eval()(x)[0])
+
+
+def test_keys(device):
+    assert list(build("cell", device).state_dict()) == ["to_gate_hidden.weight", "to_gate_hidden.bias"]
+    sizes = [SIZE, 4, 4, 6]
+    expected = {}
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+        expected |= {f"layers.{i}.norm.weight": (a,), f"layers.{i}.norm.bias": (a,)}
+        expected |= {f"layers.{i}.gate_hidden.weight": (2 * b, a), f"layers.{i}.gate_hidden.bias": (2 * b,)}
+        if a != b:
+            expected[f"layers.{i}.res_align.weight"] = (b, a)
+    rnn = build("all", device)
+    assert {k: tuple(v.shape) for k, v in rnn.state_dict().items()} == expected
+    checkpoint = {k: torch.randn(shape) for k, shape in expected.items()}
+    rnn.load_state_dict(checkpoint)
+    assert_close(rnn.layers[2].res_align.weight.float().cpu(), checkpoint["layers.2.res_align.weight"])
+    assert rnn.layer_sizes == (3, 4, 4, 6) and rnn.num_layers == 3
+    assert "3, hidden_sizes=[4, 4, 6], dropout=0.0, residual=True" in repr(rnn)
+
+
+@pytest.mark.parametrize("case", ["cell", "all"])
+def test_copies_script_compile(case, device):
+    rnn = build(case, device)
+    x, h = inputs(rnn, device)
+    torch.jit.save(torch.jit.script(rnn), buffer := io.BytesIO())
+    scripted = torch.jit.load(io.BytesIO(buffer.getvalue()))
+    fresh = CASES[case]().to(device, torch.float64)
+    fresh.load_state_dict(rnn.state_dict())
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    for other in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), fresh, scripted, compiled):
+        assert_close(other(x, h), rnn(x, h))
+        assert_close(other(x), rnn(x))
+    assert_close(scripted.init_hidden_state(x), rnn.init_hidden_state(x))
+    low = rnn.to(torch.bfloat16)(x.bfloat16(), [s.bfloat16() for s in h])
+    assert low[0].dtype == low[1][0].dtype == torch.bfloat16
+    assert_close(low[0].double(), scripted(x, h)[0], atol=0.1, rtol=0.05)
+    meta = build(case, "meta")(x.to("meta"))
+    assert meta[0].shape == low[0].shape and [s.shape for s in meta[1]] == [s.shape for s in h]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: MinGRUCell(0, 4), ValueError, "input_size must be at least 1, got 0"),
+        (lambda: MinGRUCell(3, 4.5), TypeError, "hidden_size must be an int, got 4.5"),
+        (lambda: MinGRU(3, []), ValueError, "hidden_sizes must hold one size per layer"),
+        (lambda: MinGRU(3, [4, 0]), ValueError, r"hidden_sizes\[1\] must be at least 1, got 0"),
+        (lambda: MinGRU("3", 4), TypeError, "input_size must be an int, got '3'"),
+        (lambda: MinGRU(3, 4, dropout=1.5), ValueError, r"dropout must lie in \[0, 1\], got 1.5"),
+        (lambda: MinGRU(3, 4, dropout="0"), TypeError, "dropout must be a float"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("case", ["cell", "two"])
+def test_bad_input(case, device):
+    rnn = build(case, device)
+    x, h = inputs(rnn, device)
+    for bad_x in (x[0], x[:, :, :2]):
+        with pytest.raises(ValueError, match=r"x must be \(B, S, input_size\) with 3 channels at dim 2, got shape"):
+            rnn(bad_x)
+    with pytest.raises(ValueError, match=f"h must hold {len(h)} states, got {len(h) + 1}"):
+        rnn(x, [*h, h[0]])
+    with pytest.raises(TypeError, match="h must be a list .* got Tensor"):
+        rnn(x, h[0])
+    for bad_h in (h[-1][:1], h[-1][:, 0], h[-1][..., 1:]):
+        with pytest.raises(ValueError, match=rf"h\[{len(h) - 1}\] must have shape .* got"):
+            rnn(x, [*h[:-1], bad_h])
+
+
+def test_example():
+    results = doctest.testmod(sys.modules[MinGRU.__module__])
+    assert results.attempted > 0 and results.failed == 0

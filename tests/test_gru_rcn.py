@@ -102,7 +102,8 @@ def test_state_is_fp32_whatever_the_dtype(device):
     x, h0, *weights = make(device=device, dtype=torch.bfloat16)
     out, h_n = gru_rcn(x, h0.float(), *weights)
     assert out.dtype == torch.bfloat16 and h_n.dtype == torch.float32
-    torch.testing.assert_close(out[:, -1], h_n.bfloat16(), rtol=0, atol=0)
+    # Triton's interpreter truncates to bfloat16: up to one unit in the last place
+    torch.testing.assert_close(out[:, -1], h_n.bfloat16(), rtol=2**-7 if INTERPRETED else 0, atol=0)
 
 
 def test_only_the_wanted_gradients(device):

@@ -67,7 +67,8 @@ def gru_rcn(
         if list(h0.shape) != expected:
             raise ValueError(f"h0 must be (B, Oh, *S) = {expected}, got {list(h0.shape)}")
     if not torch.jit.is_scripting():  # which knows no autocast by device; there the convolution reports the dtypes
-        if not torch.is_autocast_enabled(x.device.type):
+        device_type = x.device.type
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
             for name, weight in (("W", W), ("U", U), ("C", C), ("bias", bias)):
                 if weight is not None and weight.dtype != x.dtype:
                     raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {weight.dtype}")

@@ -16,7 +16,7 @@ from torch import Tensor
 def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether dimensions, listed from slowest to fastest, are row-major without gaps (size-1 strides are free)."""
     expected = 1
-    for size, stride in zip(reversed(sizes), reversed(strides)):
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             return False
         expected *= size

@@ -159,9 +159,8 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, h0, W, U, C, bias = inputs
     out, _, gates = output
-    ctx.save_for_backward(x, h0, W, U, C, out, gates)
+    ctx.save_for_backward(*inputs[:5], out, gates)  # x, h0, W, U, C
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
 

@@ -1,0 +1,255 @@
+"""The elementwise half of a convolutional GRU step, between the two recurrent convolutions and after them.
+
+gates:  [z, r] = sigmoid(xp + hp), rh = r h        update:  c = tanh(xc + hc), h' = (1 - z) h + z c
+
+xp, xc are input projections, hp, hc convolutions of h and of rh. Tensors are (B, kC, *S) with dense frames, channels
+first, and a free batch stride; a lane is an element of the frame (C, *S), and a pair of gates lies one frame apart.
+Everything but the state has one dtype; the state h may be float32 beside it. Arithmetic is float32 (float64 for
+float64), each lane reads all it needs before it writes, so destinations may be the sources.
+
+Moved, in elements per lane: gates 5 reads, 3 writes; update 4 and 2; backward 6 and 3, and 5 and 3. Saved for backward:
+z, r, c and h, the activations themselves: s' = s (1 - s), tanh' = 1 - c^2. Nothing is recomputed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import frame_numel, has_layout
+from .math import NUM_WARPS, THREADS, acc_dtype, jit_kernel, program_lanes, sigmoid, stride, tanh, vector_width
+
+
+@jit_kernel
+def gru_gates_fwd_kernel(
+    xp,  # (B, 2C, *S)
+    hp,  # (B, 2C, *S)
+    h,  # (B, C, *S)
+    z,  # (B, C, *S)
+    r,  # (B, C, *S)
+    rh,  # (B, C, *S)
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    xp_stride: tl.int64,
+    hp_stride: tl.int64,
+    h_stride: tl.int64,
+    z_stride: tl.int64,
+    r_stride: tl.int64,
+    rh_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    xp += sample * (xp_stride * VEC) + lane
+    hp += sample * (hp_stride * VEC) + lane
+    xz, xr = tl.load(xp, mask).to(ACC), tl.load(xp + lanes, mask).to(ACC)
+    hz, hr = tl.load(hp, mask).to(ACC), tl.load(hp + lanes, mask).to(ACC)
+    state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
+    reset = sigmoid(xr + hr)
+    tl.store(z + sample * (z_stride * VEC) + lane, sigmoid(xz + hz), mask)
+    tl.store(r + sample * (r_stride * VEC) + lane, reset, mask)
+    tl.store(rh + sample * (rh_stride * VEC) + lane, reset * state, mask)
+
+
+@jit_kernel
+def gru_update_fwd_kernel(
+    xc,  # (B, C, *S), as all below
+    hc,
+    z,
+    h,
+    c,
+    h_next,
+    rounded,  # a second copy of h_next in the dtype of this tensor, or None
+    frame,  # a third one, or None
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    xc_stride: tl.int64,
+    hc_stride: tl.int64,
+    z_stride: tl.int64,
+    h_stride: tl.int64,
+    c_stride: tl.int64,
+    h_next_stride: tl.int64,
+    rounded_stride: tl.int64,
+    frame_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    x = tl.load(xc + sample * (xc_stride * VEC) + lane, mask).to(ACC)
+    x += tl.load(hc + sample * (hc_stride * VEC) + lane, mask).to(ACC)
+    update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
+    state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
+    candidate = tanh(x)
+    state += update * (candidate - state)
+    tl.store(c + sample * (c_stride * VEC) + lane, candidate, mask)
+    tl.store(h_next + sample * (h_next_stride * VEC) + lane, state, mask)
+    if rounded is not None:
+        tl.store(rounded + sample * (rounded_stride * VEC) + lane, state, mask)
+    if frame is not None:
+        tl.store(frame + sample * (frame_stride * VEC) + lane, state, mask)
+
+
+@jit_kernel
+def gru_gates_bwd_kernel(
+    dz,  # (B, C, *S), as all but da
+    dr,
+    drh,
+    z,
+    r,
+    h,
+    da,  # (B, 2C, *S), the gradient of xp and of hp
+    dh,
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    dz_stride: tl.int64,
+    dr_stride: tl.int64,
+    drh_stride: tl.int64,
+    z_stride: tl.int64,
+    r_stride: tl.int64,
+    h_stride: tl.int64,
+    da_stride: tl.int64,
+    dh_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    grad_z = tl.load(dz + sample * (dz_stride * VEC) + lane, mask).to(ACC)
+    grad_r = tl.load(dr + sample * (dr_stride * VEC) + lane, mask).to(ACC)
+    grad_rh = tl.load(drh + sample * (drh_stride * VEC) + lane, mask).to(ACC)
+    update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
+    reset = tl.load(r + sample * (r_stride * VEC) + lane, mask).to(ACC)
+    state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
+    da += sample * (da_stride * VEC) + lane
+    tl.store(da, grad_z * update * (1 - update), mask)
+    tl.store(da + lanes, (grad_r + grad_rh * state) * reset * (1 - reset), mask)
+    tl.store(dh + sample * (dh_stride * VEC) + lane, grad_rh * reset, mask)
+
+
+@jit_kernel
+def gru_update_bwd_kernel(
+    dc,  # (B, C, *S), as all below
+    dh_next,
+    z,
+    c,
+    h,
+    da,  # the gradient of xc and of hc
+    dz,
+    dh,
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    dc_stride: tl.int64,
+    dh_next_stride: tl.int64,
+    z_stride: tl.int64,
+    c_stride: tl.int64,
+    h_stride: tl.int64,
+    da_stride: tl.int64,
+    dz_stride: tl.int64,
+    dh_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    grad_c = tl.load(dc + sample * (dc_stride * VEC) + lane, mask).to(ACC)
+    grad_h = tl.load(dh_next + sample * (dh_next_stride * VEC) + lane, mask).to(ACC)
+    update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
+    candidate = tl.load(c + sample * (c_stride * VEC) + lane, mask).to(ACC)
+    state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
+    tl.store(da + sample * (da_stride * VEC) + lane, (grad_c + grad_h * update) * (1 - candidate * candidate), mask)
+    tl.store(dz + sample * (dz_stride * VEC) + lane, grad_h * (candidate - state), mask)
+    tl.store(dh + sample * (dh_stride * VEC) + lane, grad_h * (1 - update), mask)
+
+
+def launch(kernel, like: Tensor, *operands: Tensor | None) -> None:
+    """Run an elementwise kernel over the lanes of ``like`` (B, C, *S): the operands, then the sizes that it takes."""
+    lanes = frame_numel(like, 1)
+    if like.shape[0] * lanes == 0:
+        return
+    extents = (lanes, *(0 if x is None else stride(x, 0) for x in operands))
+    vec = vector_width(like, *extents)
+    block = THREADS * vec
+    with torch.cuda.device_of(like):
+        kernel[(like.shape[0] * triton.cdiv(lanes, block),)](
+            *operands,
+            *(extent // vec for extent in extents),
+            VEC=vec,
+            BLOCK=block,
+            ACC=acc_dtype(like),
+            num_warps=NUM_WARPS,
+        )
+
+
+def _dense_frames(x: Tensor) -> Tensor:
+    return x if has_layout(x, 1, channels_last=False) else x.contiguous()
+
+
+def gru_gates_fwd(
+    xp: Tensor, hp: Tensor, h: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[z, r] = sigmoid(xp + hp), and r h.
+
+    Args:
+        xp: (B, 2C, *S).
+        hp: (B, 2C, *S) in xp's dtype.
+        h: (B, C, *S) in xp's dtype or float32.
+        out: where to put (z, r, rh): dense frames, any batch stride, possibly xp's own memory.
+
+    Returns:
+        z, r, rh (B, C, *S) in xp's dtype, contiguous unless given.
+    """
+    z, r, rh = (xp.new_empty(h.shape) for _ in range(3)) if out is None else out
+    launch(gru_gates_fwd_kernel, z, _dense_frames(xp), _dense_frames(hp), _dense_frames(h), z, r, rh)
+    return z, r, rh
+
+
+def gru_update_fwd(
+    xc: Tensor,
+    hc: Tensor,
+    z: Tensor,
+    h: Tensor,
+    out: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    frame: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """c = tanh(xc + hc), h' = (1 - z) h + z c.
+
+    Args:
+        xc: (B, C, *S).
+        hc: (B, C, *S), as z in xc's dtype.
+        z: (B, C, *S).
+        h: (B, C, *S) in xc's dtype or float32.
+        out: where to put (c, h', copy of h' or None): dense frames, any batch stride, possibly the memory of xc and h.
+        frame: where to put one more copy of h'.
+
+    Returns:
+        c in xc's dtype and h' in h's, (B, C, *S), contiguous unless given.
+    """
+    c, h_next, rounded = (xc.new_empty(xc.shape), h.new_empty(h.shape), None) if out is None else out
+    inputs = [_dense_frames(x) for x in (xc, hc, z, h)]
+    launch(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame)
+    return c, h_next
+
+
+def gru_gates_bwd(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`gru_gates_fwd`; all arguments are (B, C, *S).
+
+    Returns:
+        da (B, 2C, *S) in z's dtype, the gradient of xp and of hp, and dh in h's dtype, both contiguous.
+    """
+    da = z.new_empty((z.shape[0], 2 * z.shape[1], *z.shape[2:]))
+    dh = h.new_empty(h.shape)
+    launch(gru_gates_bwd_kernel, z, *(_dense_frames(x) for x in (dz, dr, drh, z, r, h)), da, dh)
+    return da, dh
+
+
+def gru_update_bwd(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gru_update_fwd`; all arguments are (B, C, *S).
+
+    Returns:
+        da in z's dtype, the gradient of xc and of hc, dz in z's dtype, and dh in h's dtype, all contiguous.
+    """
+    da, dz, dh = z.new_empty(z.shape), z.new_empty(z.shape), h.new_empty(h.shape)
+    launch(gru_update_bwd_kernel, z, *(_dense_frames(x) for x in (dc, dh_next, z, c, h)), da, dz, dh)
+    return da, dz, dh

@@ -1,0 +1,275 @@
+"""GRU-RCN over a whole sequence (Ballas et al., ICLR 2016, arXiv 1511.06432); * is convolution.
+
+z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 - z).h + z.c
+
+Forward runs the input convolution once over all B*T frames; a step is two convolutions (U, C) and two kernels (gates,
+update). The activations z, r, c are written over the input projection, and they and h are all that is saved.
+Backward runs the two data-gradient convolutions and two kernels a step, keeps the gradients of all pre-activations, and
+takes every weight gradient, and x's, once over all B*T frames.
+
+The state and its gradient are float32 from step to step (float64 for float64), convolutions see them rounded to x's
+dtype. Moved between memory and the kernels, in elements per lane and step: forward 15 (16 where the state is rounded),
+backward 18, three of which are second copies that spare a convolution the copying of its batch-strided input.
+There is no synchronisation with the
+host and no allocation that depends on data, so both directions can be captured in a CUDA graph.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .gru_gates import gru_gates_fwd, gru_update_fwd, launch
+from .math import acc_dtype, jit_kernel, program_lanes
+
+
+@jit_kernel
+def gru_rcn_bwd_candidate_kernel(
+    dh,  # (B, C, *S) in ACC: in, gradient from the later steps; out, what of it reaches h_prev past the gates
+    conv,  # (B, C, *S), added to dh on the way in, or None
+    dout,  # (B, C, *S), likewise, or None
+    z,  # (B, C, *S)
+    c,  # (B, C, *S)
+    h_prev,  # (B, C, *S)
+    dz,  # (B, C, *S), gradient of z's pre-activation
+    dc,  # (B, C, *S), gradient of c's pre-activation
+    dz_frame,  # a copy of dz
+    dc_frame,  # a copy of dc
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    dh_stride: tl.int64,
+    conv_stride: tl.int64,
+    dout_stride: tl.int64,
+    z_stride: tl.int64,
+    c_stride: tl.int64,
+    h_prev_stride: tl.int64,
+    dz_stride: tl.int64,
+    dc_stride: tl.int64,
+    dz_frame_stride: tl.int64,
+    dc_frame_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    dh += sample * (dh_stride * VEC) + lane
+    grad = tl.load(dh, mask)
+    if conv is not None:
+        grad += tl.load(conv + sample * (conv_stride * VEC) + lane, mask).to(ACC)
+    if dout is not None:
+        grad += tl.load(dout + sample * (dout_stride * VEC) + lane, mask).to(ACC)
+    update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
+    candidate = tl.load(c + sample * (c_stride * VEC) + lane, mask).to(ACC)
+    state = tl.load(h_prev + sample * (h_prev_stride * VEC) + lane, mask).to(ACC)
+    grad_z = grad * (candidate - state) * update * (1 - update)
+    grad_c = grad * update * (1 - candidate * candidate)
+    tl.store(dh, grad * (1 - update), mask)
+    tl.store(dz + sample * (dz_stride * VEC) + lane, grad_z, mask)
+    tl.store(dc + sample * (dc_stride * VEC) + lane, grad_c, mask)
+    tl.store(dz_frame + sample * (dz_frame_stride * VEC) + lane, grad_z, mask)
+    tl.store(dc_frame + sample * (dc_frame_stride * VEC) + lane, grad_c, mask)
+
+
+@jit_kernel
+def gru_rcn_bwd_reset_kernel(
+    dh,  # (B, C, *S) in ACC: in, as the candidate kernel left it; out, with what reaches h_prev through r.h
+    drh,  # (B, C, *S), gradient of r.h
+    r,  # (B, C, *S)
+    h_prev,  # (B, C, *S)
+    dr,  # (B, C, *S), gradient of r's pre-activation
+    dr_frame,  # a copy of dr
+    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    dh_stride: tl.int64,
+    drh_stride: tl.int64,
+    r_stride: tl.int64,
+    h_prev_stride: tl.int64,
+    dr_stride: tl.int64,
+    dr_frame_stride: tl.int64,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    dh += sample * (dh_stride * VEC) + lane
+    grad_h = tl.load(dh, mask)
+    grad = tl.load(drh + sample * (drh_stride * VEC) + lane, mask).to(ACC)
+    reset = tl.load(r + sample * (r_stride * VEC) + lane, mask).to(ACC)
+    state = tl.load(h_prev + sample * (h_prev_stride * VEC) + lane, mask).to(ACC)
+    grad_r = grad * state * reset * (1 - reset)
+    tl.store(dh, grad_h + grad * reset, mask)
+    tl.store(dr + sample * (dr_stride * VEC) + lane, grad_r, mask)
+    tl.store(dr_frame + sample * (dr_frame_stride * VEC) + lane, grad_r, mask)
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if acc_dtype(x) == tl.float64 else torch.float32
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [size // 2 for size in weight.shape[2:]]
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """A convolution that keeps the frame's size (odd kernels); transposed, its gradient with respect to its input."""
+    ones, zeros = [1] * (weight.dim() - 2), [0] * (weight.dim() - 2)
+    return torch.ops.aten.convolution(x, weight, bias, ones, _padding(weight), ones, transposed, zeros, 1).contiguous()
+
+
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (x, weight, bias) over all frames at once; grad and x are (B, T, channels, *S)."""
+    ones, zeros = [1] * (weight.dim() - 2), [0] * (weight.dim() - 2)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad.flatten(0, 1),
+        x.flatten(0, 1),
+        weight,
+        [weight.shape[0]],
+        *(ones, _padding(weight), ones, False, zeros, 1),
+        output_mask,
+    )
+    return dx.view(x.shape) if output_mask[0] else None, dweight, dbias
+
+
+def gru_rcn_fwd(
+    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GRU-RCN over (B, T) frames of 1, 2 or 3 dimensions.
+
+    Args:
+        x: (B, T, Ox, *S).
+        h0: (B, Oh, *S), or None for zeros.
+        W: (3*Oh, Ox, *k), input weights in the order z, r, candidate; all kernel sizes are odd.
+        U: (2*Oh, Oh, *k'), recurrent weights z, r.
+        C: (Oh, Oh, *k'), candidate's recurrent weights.
+        bias: (3*Oh,), or None.
+
+    Returns:
+        out (B, T, Oh, *S) in x's dtype, h_n (B, Oh, *S) in h0's (without h0, x's), gates (B, T, 3*Oh, *S), the
+        activations z, r, c for backward; all contiguous.
+    """
+    batch, steps, _, *space = x.shape
+    features = C.shape[0]
+    out = x.new_empty((batch, steps, features, *space))
+    state_shape = (batch, features, *space)
+    if h0 is None:
+        state = x.new_zeros(state_shape, dtype=_state_dtype(x))
+    else:
+        state = h0.to(_state_dtype(x), copy=True, memory_format=torch.contiguous_format)
+    dtype = x.dtype if h0 is None else h0.dtype
+    if out.numel() == 0:
+        return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
+
+    gates = _conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space)
+    # What the convolutions see of the state: the state itself, or a copy rounded to x's dtype.
+    rounds = x.dtype != state.dtype
+    frame = state.to(x.dtype)
+    rh = torch.empty_like(frame)
+    no_state = x.new_zeros((1, 2 * features, *space)).expand(batch, -1, *space)
+    for t in range(steps):
+        skip = t == 0 and h0 is None  # convolutions of a zero state
+        zr, c = gates[:, t, : 2 * features], gates[:, t, 2 * features :]
+        z, r = zr[:, :features], zr[:, features:]
+        gru_gates_fwd(zr, no_state if skip else _conv(frame, U), state, (z, r, rh))
+        hc = no_state[:, :features] if skip else _conv(rh, C)
+        gru_update_fwd(c, hc, z, state, (c, state, out[:, t]), frame if rounds else None)
+    return out, state.to(dtype), gates
+
+
+def gru_rcn_bwd(
+    dout: Tensor | None,
+    dh_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gru_rcn_fwd`.
+
+    Args:
+        dout: gradient of out, or None for zero.
+        dh_n: gradient of h_n, or None for zero.
+        x, h0, W, U, C: as in forward.
+        out, gates: what forward returned.
+        output_mask: which of the gradients of (x, h0, W, U, C, bias) are wanted.
+
+    Returns:
+        Gradients of (x, h0, W, U, C, bias); of shape (0,) where not wanted.
+    """
+    out, gates = out.contiguous(), gates.contiguous()
+    state_shape = (out.shape[0], *out.shape[2:])
+    if dh_n is None:
+        dh = x.new_zeros(state_shape, dtype=_state_dtype(x))
+    else:
+        dh = dh_n.to(_state_dtype(x), copy=True, memory_format=torch.contiguous_format)
+    wants_h0 = output_mask[1] and h0 is not None
+    da = torch.empty_like(gates)
+    if da.numel() > 0:
+        dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wants_h0)
+
+    dx, dW, dbias = _conv_backward(da, x, W, [output_mask[0], output_mask[2], output_mask[5]])
+    dU, dC = _recurrent_weight_grads(da, h0, U, C, out, gates, output_mask[3], output_mask[4])
+    dh0 = dh.to(h0.dtype) if wants_h0 else None
+    grads = (dx, dh0, dW, dU, dC, dbias)
+    return tuple(x.new_empty((0,)) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _walk_back(
+    dout: Tensor | None,
+    dh: Tensor,
+    h0: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    da: Tensor,
+    wants_h0: bool,
+) -> Tensor:
+    """Fill da (B, T, 3*Oh, *S), the gradients of the pre-activations, and return the gradient of h0 if it is wanted.
+
+    ``dh`` enters as the gradient of h_n and is overwritten.
+    """
+    batch, steps, features, *space = out.shape
+    dzr_frame = out.new_empty((batch, 2 * features, *space))
+    dz_frame, dr_frame = dzr_frame[:, :features], dzr_frame[:, features:]
+    dc_frame = out.new_empty((batch, features, *space))
+    first = out.new_zeros((1, features, *space)).expand(batch, -1, *space) if h0 is None else h0.contiguous()
+    conv = None
+    for t in reversed(range(steps)):
+        z, r, c = gates[:, t].chunk(3, dim=1)
+        dz, dr, dc = da[:, t].chunk(3, dim=1)
+        h_prev = out[:, t - 1] if t > 0 else first
+        dout_t = None if dout is None else dout[:, t]
+        launch(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame)
+        if t == 0 and h0 is None:
+            dr.zero_()  # r acted on a zero state
+            break
+        drh = _conv(dc_frame, C, transposed=True)
+        launch(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame)
+        if t > 0 or wants_h0:
+            conv = _conv(dzr_frame, U, transposed=True)
+    return dh if conv is None else dh.add_(conv)
+
+
+def _recurrent_weight_grads(
+    da: Tensor, h0: Tensor | None, U: Tensor, C: Tensor, out: Tensor, gates: Tensor, wants_U: bool, wants_C: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of U and C over all frames at once."""
+    features, steps = C.shape[0], out.shape[1]
+    h_prev = out[:, :-1]
+    if h0 is not None:
+        h_prev = torch.cat((h0.to(out.dtype).unsqueeze(1), h_prev), dim=1)[:, :steps]
+    # Without h0 the first frame follows a zero state and adds nothing.
+    skipped = steps - h_prev.shape[1]
+    da, gates = da[:, skipped:], gates[:, skipped:]
+    dU = dC = None
+    if wants_U:
+        dU = _conv_backward(da[:, :, : 2 * features], h_prev, U, [False, True, False])[1]
+    if wants_C:
+        rh = gates[:, :, features : 2 * features] * h_prev
+        dC = _conv_backward(da[:, :, 2 * features :], rh, C, [False, True, False])[1]
+    return dU, dC

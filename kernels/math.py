@@ -1,0 +1,89 @@
+"""What the Triton kernels share: activations, the walk over lanes, and how launchers choose dtype and vector width.
+
+A *lane* is one feature of one sample: an element of the frame (C, *S). A program covers BLOCK lanes of one sample.
+Functions here take and return float32 (float64 for float64 tensors); kernels convert on load.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUM_WARPS = 4
+THREADS = 32 * NUM_WARPS
+VECTOR_BYTES = 16
+
+
+def jit_kernel(fn: Callable) -> triton.JITFunction:
+    """``triton.jit`` for a kernel whose integers are annotated (tl.int32, tl.int64), so that none is specialised.
+
+    Otherwise Triton compiles anew for a value of 1 and for multiples of 16, and counts in 32 bits where a value fits.
+    """
+    sizes = [p.name for p in inspect.signature(fn).parameters.values() if p.annotation in (tl.int32, tl.int64)]
+    return triton.jit(fn, do_not_specialize=sizes)
+
+
+@triton.jit
+def sigmoid_tail(x):
+    """sigmoid(-|x|), the smaller of sigmoid(x) and 1 - sigmoid(x), to full relative accuracy and without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return e / (1 + e)
+
+
+@triton.jit
+def sigmoid(x):
+    tail = sigmoid_tail(x)
+    return tl.where(x >= 0, 1 - tail, tail)
+
+
+@triton.jit
+def tanh(x):
+    """tanh x = (1 - e) / (1 + e), e = exp(-2|x|); below 1/2, where 1 - e cancels, a Pade approximant of order [7/6].
+
+    libdevice has a tanh, but no interpreter can run it. The approximant's error at 1/2 is 2e-16 relative.
+    """
+    a = tl.abs(x)
+    e = tl.exp(-2 * a)
+    q = a * a
+    near_zero = a < 0.5
+    numerator = tl.where(near_zero, a * (135135 + q * (17325 + q * (378 + q))), 1 - e)
+    denominator = tl.where(near_zero, 135135 + q * (62370 + q * (3150 + q * 28)), 1 + e)
+    y = numerator / denominator
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def program_lanes(lanes, BLOCK: tl.constexpr):
+    """The sample of this program and its lanes: index (int64), lane indices [BLOCK] (int64), mask [BLOCK].
+
+    The grid has one axis, sample by sample, because axes 1 and 2 end at 65,535.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(lanes, BLOCK)
+    sample = program // blocks
+    lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
+    return sample, lane, lane < lanes
+
+
+def acc_dtype(*tensors: Tensor) -> tl.dtype:
+    """The dtype of state and arithmetic: float64 where any operand is float64, else float32."""
+    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
+
+
+def vector_width(x: Tensor, *extents: int) -> int:
+    """Elements that one access can move: the largest power of two in 16 bytes that divides every stride and size.
+
+    Kernels take strides and sizes divided by it and multiply again, which is what tells the compiler about alignment;
+    a hint on the value (``tl.multiple_of``) does not, and Triton by itself only sees multiples of 16. A program covers
+    one such vector per thread: with more, unaligned shapes hold their addresses one by one and spill.
+    """
+    return math.gcd(VECTOR_BYTES // x.element_size(), *extents)
+
+
+def stride(x: Tensor, dim: int) -> int:
+    """The stride of ``x``, 0 where it is never used, so that it does not spoil the vector width."""
+    return x.stride(dim) if x.shape[dim] > 1 else 0

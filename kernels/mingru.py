@@ -1,0 +1,314 @@
+"""minGRU, gates and scan in one pass over the packed projection (Feng et al. 2024, arXiv 2410.01201).
+
+z = sigmoid(gate), h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t), g(x) = x + 1/2 for x >= 0, sigmoid(x) otherwise.
+
+One thread keeps the state of a few lanes in registers and walks over time; U steps are loaded before the first of them
+is computed, which is all the memory parallelism there is.
+
+Layout. gate_hidden (B, T, 2C, *S) holds gate in its first C channels and hidden in the others. With channels first, a
+frame is C*N gates and then C*N hiddens (N = prod(S)); with channels last, each of N pixels is C gates and then C
+hiddens. So lane i has its gate at i + (i // half) * half and its hidden ``half`` further, where half is C*N or C.
+
+Rounding. The state moves from whichever end is nearer: h + z (g - h) for z < 1/2, g + (1 - z)(h - g) otherwise, and the
+smaller of z and 1 - z is computed without cancellation. Rounding 1 - z would lose a small z; multiplying it out would
+lose a small 1 - z.
+
+Moved, in elements per lane and step: forward reads gate, hidden, writes h (3); backward reads gate, hidden, h, dh,
+writes dgate, dhidden (6). Saved for backward: gate_hidden and h; z and g are recomputed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import empty, frame_numel, is_channels_last, to_layout
+from .math import NUM_WARPS, THREADS, acc_dtype, jit_kernel, program_lanes, sigmoid_tail, stride, vector_width
+
+# Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
+FORWARD_STEPS = 4
+BACKWARD_STEPS = 2
+
+
+@triton.jit
+def _step(h, gate, hidden, ACC: tl.constexpr):
+    """h_t from h_{t-1} [BLOCK]."""
+    gate = gate.to(ACC)
+    hidden = hidden.to(ACC)
+    g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
+    opens = gate >= 0
+    near = tl.where(opens, g, h)
+    far = tl.where(opens, h, g)
+    return near + sigmoid_tail(gate) * (far - near)
+
+
+@triton.jit
+def _step_backward(dh, gate, hidden, h_prev, ACC: tl.constexpr):
+    """dgate_t, dhidden_t and the gradient of h_{t-1} from the whole gradient of h_t [BLOCK]."""
+    gate = gate.to(ACC)
+    hidden = hidden.to(ACC)
+    tail = sigmoid_tail(hidden)
+    g = tl.where(hidden >= 0, hidden + 0.5, tail)
+    dg = tl.where(hidden >= 0, 1.0, tail * (1 - tail))
+    nearer = sigmoid_tail(gate)
+    opens = gate >= 0
+    dgate = dh * (g - h_prev.to(ACC)) * nearer * (1 - nearer)
+    dhidden = dh * tl.where(opens, 1 - nearer, nearer) * dg
+    dh_prev = tl.where(opens, dh * nearer, dh - dh * nearer)
+    return dgate, dhidden, dh_prev
+
+
+@jit_kernel
+def mingru_fwd_kernel(
+    gate_hidden,  # (B, T, 2C, *S), batch and time strides free
+    h0,  # (B, C, *S), batch stride free, or None for 1/2
+    h,  # (B, T, C, *S), dense
+    h_n,  # (B, C, *S), dense
+    T: tl.int32,
+    lanes: tl.int64,  # C*N; this and all below in units of VEC elements
+    half: tl.int64,
+    gh_stride_b: tl.int64,
+    gh_stride_t: tl.int64,
+    h0_stride_b: tl.int64,
+    CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    half *= VEC
+    gh_stride_t *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + lane
+    if CHANNELS_LAST:
+        gate_ptr += lane // half * half
+    hidden_ptr = gate_ptr + half
+    h_ptr = h + sample * T * lanes + lane
+
+    if h0 is not None:
+        state = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask).to(ACC)
+    else:
+        state = tl.full((BLOCK,), 0.5, ACC)
+    for _ in range(T // U):
+        gates = ()
+        hiddens = ()
+        for u in tl.static_range(U):
+            gates += (tl.load(gate_ptr + u * gh_stride_t, mask),)
+            hiddens += (tl.load(hidden_ptr + u * gh_stride_t, mask),)
+        for u in tl.static_range(U):
+            state = _step(state, gates[u], hiddens[u], ACC)
+            tl.store(h_ptr + u * lanes, state, mask)
+        gate_ptr += U * gh_stride_t
+        hidden_ptr += U * gh_stride_t
+        h_ptr += U * lanes
+    for _ in range(T % U):
+        state = _step(state, tl.load(gate_ptr, mask), tl.load(hidden_ptr, mask), ACC)
+        tl.store(h_ptr, state, mask)
+        gate_ptr += gh_stride_t
+        hidden_ptr += gh_stride_t
+        h_ptr += lanes
+    tl.store(h_n + sample * lanes + lane, state, mask)
+
+
+@jit_kernel
+def mingru_bwd_kernel(
+    dh,  # (B, T, C, *S), batch and time strides free, or None for zero
+    dh_n,  # (B, C, *S), batch stride free, or None for zero
+    gate_hidden,  # (B, T, 2C, *S), batch and time strides free
+    h0,  # (B, C, *S), batch stride free, or None for 1/2
+    h,  # (B, T, C, *S), batch and time strides free
+    dgate_hidden,  # (B, T, 2C, *S), dense
+    dh0,  # (B, C, *S), dense, or None if h0 is
+    T: tl.int32,  # at least 1
+    lanes: tl.int64,  # C*N; this and all below in units of VEC elements
+    half: tl.int64,
+    gh_stride_b: tl.int64,
+    gh_stride_t: tl.int64,
+    h0_stride_b: tl.int64,
+    h_stride_b: tl.int64,
+    h_stride_t: tl.int64,
+    dh_stride_b: tl.int64,
+    dh_stride_t: tl.int64,
+    dh_n_stride_b: tl.int64,
+    CHANNELS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    lanes *= VEC
+    half *= VEC
+    gh_stride_t *= VEC
+    h_stride_t *= VEC
+    dh_stride_t *= VEC
+    sample, lane, mask = program_lanes(lanes, BLOCK)
+    packed = lane
+    if CHANNELS_LAST:
+        packed += lane // half * half
+    last = T - 1
+    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + last * gh_stride_t + packed
+    dgate_ptr = dgate_hidden + (sample * T + last) * (2 * lanes) + packed
+    h_prev_ptr = h + sample * (h_stride_b * VEC) + (last - 1) * h_stride_t + lane  # not read at step 0
+    if dh is not None:
+        dh_ptr = dh + sample * (dh_stride_b * VEC) + last * dh_stride_t + lane
+
+    if dh_n is not None:
+        grad = tl.load(dh_n + sample * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
+    else:
+        grad = tl.zeros((BLOCK,), ACC)
+    for _ in range(last // U):
+        gates = ()
+        hiddens = ()
+        h_prevs = ()
+        dhs = ()
+        for u in tl.static_range(U):
+            gates += (tl.load(gate_ptr - u * gh_stride_t, mask),)
+            hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
+            h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
+            if dh is not None:
+                dhs += (tl.load(dh_ptr - u * dh_stride_t, mask),)
+        for u in tl.static_range(U):
+            if dh is not None:
+                grad += dhs[u].to(ACC)
+            dgate, dhidden, grad = _step_backward(grad, gates[u], hiddens[u], h_prevs[u], ACC)
+            tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
+            tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
+        gate_ptr -= U * gh_stride_t
+        dgate_ptr -= U * 2 * lanes
+        h_prev_ptr -= U * h_stride_t
+        if dh is not None:
+            dh_ptr -= U * dh_stride_t
+    for _ in range(last % U):
+        if dh is not None:
+            grad += tl.load(dh_ptr, mask).to(ACC)
+            dh_ptr -= dh_stride_t
+        gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
+        dgate, dhidden, grad = _step_backward(grad, gate, hidden, tl.load(h_prev_ptr, mask), ACC)
+        tl.store(dgate_ptr, dgate, mask)
+        tl.store(dgate_ptr + half, dhidden, mask)
+        gate_ptr -= gh_stride_t
+        dgate_ptr -= 2 * lanes
+        h_prev_ptr -= h_stride_t
+
+    # Step 0 follows h0.
+    if dh is not None:
+        grad += tl.load(dh_ptr, mask).to(ACC)
+    if h0 is not None:
+        first = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask)
+    else:
+        first = tl.full((BLOCK,), 0.5, ACC)
+    gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
+    dgate, dhidden, grad = _step_backward(grad, gate, hidden, first, ACC)
+    tl.store(dgate_ptr, dgate, mask)
+    tl.store(dgate_ptr + half, dhidden, mask)
+    if dh0 is not None:
+        tl.store(dh0 + sample * lanes + lane, grad, mask)
+
+
+def _extents(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:
+    """The sizes and strides, in elements, that both kernels take in the order of their parameters."""
+    half = gate_hidden.shape[2] // 2 if channels_last else lanes
+    return lanes, half, stride(gate_hidden, 0), stride(gate_hidden, 1), 0 if h0 is None else stride(h0, 0)
+
+
+def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """minGRU over a packed projection; the frame layout of ``gate_hidden`` is kept, any batch and time strides are read.
+
+    Args:
+        gate_hidden: (B, T, 2C, *S); frames in neither layout are copied to channels first.
+        h0: (B, C, *S), or None for the state 1/2.
+
+    Returns:
+        h (B, T, C, *S) in gate_hidden's dtype and h_n (B, C, *S) in h0's (without h0, gate_hidden's), both dense.
+    """
+    channels_last = is_channels_last(gate_hidden, 2)
+    gate_hidden = to_layout(gate_hidden, 2, channels_last)
+    if h0 is not None:
+        h0 = to_layout(h0, 1, channels_last)
+    batch, steps, packed, *space = gate_hidden.shape
+    frame = (packed // 2, *space)
+    h = empty(gate_hidden, (batch, steps, *frame), 2, channels_last, gate_hidden.dtype)
+    h_n = empty(gate_hidden, (batch, *frame), 1, channels_last, gate_hidden.dtype if h0 is None else h0.dtype)
+    if h_n.numel() == 0:
+        return h, h_n
+
+    lanes = frame_numel(h_n, 1)
+    extents = _extents(gate_hidden, h0, lanes, channels_last)
+    vec = vector_width(gate_hidden, *extents)
+    block = THREADS * vec
+    with torch.cuda.device_of(gate_hidden):
+        mingru_fwd_kernel[(batch * triton.cdiv(lanes, block),)](
+            gate_hidden,
+            h0,
+            h,
+            h_n,
+            steps,
+            *(extent // vec for extent in extents),
+            CHANNELS_LAST=channels_last,
+            VEC=vec,
+            BLOCK=block,
+            U=FORWARD_STEPS,
+            ACC=acc_dtype(gate_hidden),
+            num_warps=NUM_WARPS,
+        )
+    return h, h_n
+
+
+def mingru_bwd(
+    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`mingru_fwd`.
+
+    Args:
+        dh: gradient of h (B, T, C, *S), or None for zero.
+        dh_n: gradient of h_n (B, C, *S), or None for zero.
+        gate_hidden: as in forward.
+        h0: as in forward.
+        h: what forward returned.
+
+    Returns:
+        dgate_hidden like gate_hidden, dense, and dh0 like h0, dense (empty, of shape (0,), if h0 is None).
+    """
+    channels_last = is_channels_last(gate_hidden, 2)
+    gate_hidden, h = to_layout(gate_hidden, 2, channels_last), to_layout(h, 2, channels_last)
+    dh = None if dh is None else to_layout(dh, 2, channels_last)
+    dh_n = None if dh_n is None else to_layout(dh_n, 1, channels_last)
+    dgate_hidden = empty(gate_hidden, gate_hidden.shape, 2, channels_last, gate_hidden.dtype)
+    if h0 is None:
+        dh0 = gate_hidden.new_empty((0,))
+    else:
+        h0 = to_layout(h0, 1, channels_last)
+        dh0 = empty(h0, h0.shape, 1, channels_last, h0.dtype)
+    if dgate_hidden.numel() == 0:  # without a step the state passes through
+        return dgate_hidden, dh0.zero_() if dh_n is None or h0 is None else dh0.copy_(dh_n)
+
+    batch, steps = gate_hidden.shape[:2]
+    lanes = frame_numel(h, 2)
+    extents = (
+        *_extents(gate_hidden, h0, lanes, channels_last),
+        *(stride(h, 0), stride(h, 1)),
+        *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
+        0 if dh_n is None else stride(dh_n, 0),
+    )
+    vec = vector_width(gate_hidden, *extents)
+    block = THREADS * vec
+    with torch.cuda.device_of(gate_hidden):
+        mingru_bwd_kernel[(batch * triton.cdiv(lanes, block),)](
+            dh,
+            dh_n,
+            gate_hidden,
+            h0,
+            h,
+            dgate_hidden,
+            None if h0 is None else dh0,
+            steps,
+            *(extent // vec for extent in extents),
+            CHANNELS_LAST=channels_last,
+            VEC=vec,
+            BLOCK=block,
+            U=BACKWARD_STEPS,
+            ACC=acc_dtype(gate_hidden),
+            num_warps=NUM_WARPS,
+        )
+    return dgate_hidden, dh0

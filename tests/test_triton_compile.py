@@ -1,0 +1,160 @@
+"""Every Triton launch, compiled for GPUs that need not be present, and what the machine code must and must not hold."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import convrnn  # noqa: F401  before triton: see CONVRNN_BACKEND
+
+triton = pytest.importorskip("triton")
+
+from convrnn.kernels import gru_gates, gru_rcn, log_scan, mingru
+
+from .harness.compiled import ARCHS, Launch, check, compiling
+
+pytestmark = pytest.mark.compiled
+
+ARRANGEMENTS = ("contiguous", "chunk", "channels_last", "unaligned")
+
+
+def frames(*shape: int, dtype: torch.dtype, arrangement: str = "contiguous", device: str = "cpu") -> Tensor:
+    """A tensor (B, T, C, *S): dense, a view of a tensor with more channels, or channels last."""
+    if arrangement == "chunk":
+        return torch.empty(*shape[:2], 2 * shape[2], *shape[3:], dtype=dtype, device=device)[:, :, : shape[2]]
+    if arrangement == "channels_last":
+        return torch.empty(*shape[:2], *shape[3:], shape[2], dtype=dtype, device=device).movedim(-1, 2)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def run_mingru(
+    dtype: torch.dtype, arrangement: str, with_h0: bool, steps: int = 5, h0_dtype: torch.dtype | None = None
+) -> None:
+    channels, size = (5, 3) if arrangement == "unaligned" else (32, 4)
+    gate_hidden = frames(2, steps, 2 * channels, size, size, dtype=dtype, arrangement=arrangement)
+    h0 = gate_hidden.new_empty((2, channels, size, size), dtype=h0_dtype or dtype) if with_h0 else None
+    h, h_n = mingru.mingru_fwd(gate_hidden, h0)
+    mingru.mingru_bwd(h, h_n, gate_hidden, h0, h)
+
+
+def run_log_scan(dtype: torch.dtype, arrangement: str, steps: int = 5) -> None:
+    features = 33 if arrangement == "unaligned" else 100 if dtype.itemsize >= 4 else 64
+    log_a = frames(2, steps, features, dtype=dtype, arrangement=arrangement)
+    log_b = frames(2, steps + 1, features, dtype=dtype)
+    log_x = log_scan.log_scan_fwd(log_a, log_b)
+    log_scan.log_scan_bwd(log_x, log_a, log_b, log_x)
+
+
+def run_gru_step(dtype: torch.dtype, arrangement: str, state: torch.dtype) -> None:
+    channels, size = (5, 3) if arrangement == "unaligned" else (8, 4)
+    x = frames(1, 2, 2 * channels, size, size, dtype=dtype, arrangement=arrangement)[0]
+    y, h = x[:, :channels], x.new_empty((2, channels, size, size), dtype=state)
+    z, r, rh = gru_gates.gru_gates_fwd(x, x, h)
+    c, h_next = gru_gates.gru_update_fwd(y, y, z, h)
+    gru_gates.gru_gates_bwd(z, r, rh, z, r, h)
+    gru_gates.gru_update_bwd(c, h_next, z, c, h)
+
+
+def run_gru_rcn(dtype: torch.dtype, with_h0: bool, space: tuple[int, ...] = (4, 4)) -> None:
+    ones = [1] * len(space)
+    x, h0 = torch.zeros(2, 3, 2, *space, dtype=dtype), torch.zeros(2, 8, *space, dtype=dtype)
+    W, U, C = (x.new_zeros(shape) for shape in ((24, 2, *ones), (16, 8, *ones), (8, 8, *ones)))
+    h0 = h0 if with_h0 else None
+    out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, None)
+    for dout in (out, None):
+        gru_rcn.gru_rcn_bwd(dout, h_n, x, h0, W, U, C, out, gates, [True] * 6)
+
+
+def check_log_scan(launches: list[Launch], dtype: torch.dtype, aligned: bool = True) -> None:
+    """log x is float32 at least: 128 bits of it are 64 bits of a 16-bit input."""
+    check(launches, aligned=aligned and dtype.itemsize >= 4)
+    if aligned:
+        assert {width for launch in launches for width in launch.loads + launch.stores} <= {64, 128}
+
+
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("arrangement", ("chunk", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_mingru(arch: int, dtype: torch.dtype, arrangement: str, with_h0: bool) -> None:
+    with compiling(arch) as launches:
+        run_mingru(dtype, arrangement, with_h0)
+    check(launches)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_log_scan(arch: int, dtype: torch.dtype) -> None:
+    with compiling(arch) as launches:
+        run_log_scan(dtype, "contiguous")
+    check_log_scan(launches, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gru(arch: int, dtype: torch.dtype) -> None:
+    with compiling(arch) as launches:
+        run_gru_rcn(dtype, with_h0=True)
+        run_gru_step(dtype, "chunk", dtype)
+    # A float32 state beside bfloat16 gates changes the number of lanes a thread holds, once, before it is stored.
+    check(launches, barriers=0 if dtype == torch.float32 else 1)
+
+
+def test_mingru_without_upstream_gradients() -> None:
+    gate_hidden, h = (frames(2, 5, channels, 16, dtype=torch.bfloat16) for channels in (64, 32))
+    with compiling(90) as launches:
+        for dh, dh_n in ((h, None), (None, h[:, 0]), (None, None)):
+            mingru.mingru_bwd(dh, dh_n, gate_hidden, None, h)
+    check(launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_dtype_and_arrangement(arch: int, dtype: torch.dtype, arrangement: str) -> None:
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    with compiling(arch) as launches:
+        run_mingru(dtype, arrangement, with_h0=True, h0_dtype=state)
+        if arrangement != "channels_last":
+            run_gru_step(dtype, arrangement, state)
+        if arrangement == "contiguous":
+            for space in ((16,), (4, 4), (2, 2, 4)):
+                run_gru_rcn(dtype, with_h0=False, space=space)
+    check(launches, aligned=arrangement != "unaligned", barriers=0 if dtype.itemsize >= 4 else 1)
+    if arrangement != "channels_last":
+        with compiling(arch) as launches:
+            run_log_scan(dtype, arrangement)
+        check_log_scan(launches, dtype, aligned=arrangement != "unaligned")
+
+
+def test_neither_steps_nor_sizes_are_specialised() -> None:
+    """One machine code for every T, T = 1 among them, and for every batch size."""
+    codes = []
+    for steps in (1, 2, 3, 4, 5, 16):
+        with compiling(90) as launches:
+            run_mingru(torch.float32, "contiguous", with_h0=True, steps=steps)
+            run_log_scan(torch.float32, "contiguous", steps)
+        codes.append([launch.asm["sass"] for launch in launches])
+    assert all(code == codes[0] for code in codes)
+
+
+def test_unaligned_sizes_use_the_widest_access_that_divides_them() -> None:
+    """100 bfloat16 features are no multiple of 16 bytes, but of 8."""
+    with compiling(90) as launches:
+        gate_hidden = frames(2, 5, 200, dtype=torch.bfloat16)
+        h, h_n = mingru.mingru_fwd(gate_hidden)
+        mingru.mingru_bwd(h, h_n, gate_hidden, None, h)
+        run_mingru(torch.float32, "unaligned", with_h0=True)
+    check(launches, aligned=False, registers=64)
+    assert all(set(launch.loads + launch.stores) == {64} for launch in launches[:2])
+    assert all(set(launch.loads + launch.stores) == {32} for launch in launches[2:])
+
+
+def test_tensors_beyond_2_to_the_31_elements() -> None:
+    """A batch of 8e10 elements, which no memory holds: the grid stays on its first axis, strides pass in 64 bits."""
+    with compiling(90) as launches:
+        gate_hidden = frames(3, 50, 2 * 4096, 256, 256, dtype=torch.bfloat16, device="meta")
+        h, h_n = mingru.mingru_fwd(gate_hidden)
+        mingru.mingru_bwd(h, h_n, gate_hidden, None, h)
+    check(launches)
+    assert {launch.grid for launch in launches} == {(3 * 4096 * 256 * 256 // 1024,)}

@@ -27,10 +27,12 @@ $(STAMP): $(VENV)/.installed setup.py $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/python -m examples.video_classification demo
 
-# The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter.
+# The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter. A process a core, one thread
+# each: more would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
-	CONVRNN_BACKEND=triton $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+	CONVRNN_BACKEND=triton $(PYTEST) $(ARGS)
 
 test-gpu: $(STAMP)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device is present (python -m convrnn.info says why)')"

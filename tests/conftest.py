@@ -1,6 +1,7 @@
 """The device that the suite runs on, its seed, and the shapes that fit it."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,11 +30,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.fail("--device cuda: no CUDA device is present")
-    return name
+    # cuDNN's default rounds fp32 convolutions to tf32, 10 bits
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,21 @@ def test_outputs_share_no_memory(op, device):
             assert len(set(fresh)) == len(fresh) and not set(fresh) & set(old)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op != "gru_rcn"])
+def test_threads_do_not_change_a_bit(op, device):
+    """GRU-RCN is left out: the library sums its convolutions' weight gradients in an order that depends on threads."""
+    before = torch.get_num_threads()
+    for name, samples in ((op, forward_samples), (f"{op}_backward", backward_samples)):
+        for arguments in samples(op, device):
+            results = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                outputs = getattr(torch.ops.convrnn, name)(*arguments)
+                results.append((outputs,) if isinstance(outputs, torch.Tensor) else outputs)
+            torch.set_num_threads(before)
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
 PUBLIC = {
     "mingru": lambda a: convrnn.mingru(*a),
     "log_scan": lambda a: convrnn.parallel_scan_log(*a),

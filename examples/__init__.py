@@ -1,0 +1,1 @@
+"""Complete programs that use convrnn; run them as ``python -m examples.NAME`` from the root of the checkout."""

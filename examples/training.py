@@ -1,0 +1,194 @@
+"""What every training program needs: seeds, device, learning rate, metrics, progress, checkpoints and clear errors."""
+
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__all__ = [
+    "MetricsLog",
+    "UserError",
+    "exit_code",
+    "learning_rate_factor",
+    "load_checkpoint",
+    "parameter_count",
+    "pick_device",
+    "progress",
+    "read_json",
+    "save_checkpoint",
+    "seed_everything",
+    "write_text",
+]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is one sentence that says what to do, shown without a traceback."""
+
+
+def exit_code(program: Callable[[], int | None]) -> int:
+    """Run `program`; what the user or the machine did wrong becomes one line on stderr and an exit code above 0."""
+    try:
+        return program() or 0
+    # An OSError, such as a full disk or a folder that cannot be written, says in its message which file it is about.
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def seed_everything(*seed: int) -> None:
+    """Seed Python, NumPy and PyTorch from a tuple, e.g. (seed, epoch), so that an epoch does not depend on the last."""
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes the GPU where PyTorch sees one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # An unknown name is a RuntimeError, a build without CUDA an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def learning_rate_factor(done: float, warmup: float = 0.1) -> float:
+    """Linear warm-up, then half a cosine down to 0; `done` runs over (0, 1] of the whole training."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+
+
+def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
+    """`items` with a progress bar on a terminal, silent elsewhere: logs of batch jobs hold no bars."""
+    return tqdm(items, desc=description, total=total, leave=False, disable=None)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, or leave the old one as it was."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+class MetricsLog:
+    """Rows of a JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_before(self, epoch: int) -> None:
+        """Drop the rows from `epoch` on, which a resumed run will write again, and those of no epoch."""
+        kept = [row for row in self.rows() if row.get("epoch", epoch) < epoch]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, oldest first."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def append(self, **row: Any) -> None:
+        """Add a row; it is in the file when the call returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Write weights, optimizer state and `state` (JSON) as one safetensors file, in one step or not at all.
+
+    `state` and the optimizer's plain numbers go to the file's header, so weights and epoch can never disagree.
+    """
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    header = {"state": json.dumps(state)}
+    if optimizer is not None:
+        saved = optimizer.state_dict()
+        for index, values in saved["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        header["param_groups"] = json.dumps(saved["param_groups"])
+    with _replacing(path) as temporary:
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, header)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, device: torch.device, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Fill `model`, and `optimizer` if given, from a file of :func:`save_checkpoint`; returns its `state`."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}; train first, or name another folder with --run")
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            names: list[str] = file.keys()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable checkpoint: {error}") from error
+    if "state" not in header or (optimizer is not None and "param_groups" not in header):
+        raise UserError(f"{path} was not written by this program: its header lacks the training state")
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path} does not fit the model in config.json: {reason}") from error
+    if optimizer is not None:
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": json.loads(header["param_groups"])})
+    return json.loads(header["state"])

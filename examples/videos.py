@@ -1,0 +1,295 @@
+"""Videos in UCF101's layout: split lists, a cached index of the files, frames by index, clips and crops.
+
+The layout: VIDEOS/CLASS/NAME.avi, and a folder of lists with classInd.txt ('1 Class'), trainlist0N.txt
+('Class/name.avi 1') and testlist0N.txt ('Class/name.avi') for each fold N.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from examples.training import UserError, progress, read_json, write_text
+
+__all__ = [
+    "ClipConfig",
+    "ClipDataset",
+    "Frames",
+    "SplitLists",
+    "Video",
+    "index_videos",
+    "probe",
+    "read_frames",
+    "read_lists",
+    "split_by_group",
+    "views",
+]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A readable file, its class number from 0 (-1: unknown) and its length and size, in frames and pixels."""
+
+    path: Path
+    label: int
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """A clip: `frames` frames, every `stride`-th, shorter side scaled to `resize`, of which `crop` x `crop` is seen."""
+
+    frames: int = 10
+    stride: int = 1
+    resize: int = 40
+    crop: int = 32
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.stride) < 1 or self.crop < 32 or self.resize < self.crop:
+            raise UserError(f"a clip needs frames and stride >= 1 and resize >= crop >= 32, got {asdict(self)}")
+
+    def indices(self, video_frames: int, start: int) -> list[int]:
+        """Frame indices of the clip at `start`; a video that is too short holds its last frame."""
+        return [min(start + self.stride * t, video_frames - 1) for t in range(self.frames)]
+
+    def last_start(self, video_frames: int) -> int:
+        """The latest start at which a clip still fits in the video."""
+        return max(0, video_frames - 1 - self.stride * (self.frames - 1))
+
+
+@dataclass(frozen=True)
+class SplitLists:
+    """Class names, and (file name, class number from 0) of the training and test videos of one fold."""
+
+    classes: list[str]
+    train: list[tuple[str, int]]
+    test: list[tuple[str, int]]
+    flip_changes_class: bool
+
+
+def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The non-empty lines of a list as ('FILE, line N', words)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the split file {path}: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line.split()
+
+
+def read_lists(folder: Path, fold: int) -> SplitLists:
+    """Read a fold's lists; dataset.json, if there, says whether a mirrored video belongs to another class."""
+    numbers: dict[str, int] = {}
+    for where, words in _lines(folder / "classInd.txt"):
+        if len(words) != 2 or words[0] != str(len(numbers) + 1):
+            raise UserError(f"{where}: expected '{len(numbers) + 1} CLASS', got '{' '.join(words)}'")
+        numbers[words[1]] = len(numbers)
+
+    def videos(name: str, words_per_line: int) -> list[tuple[str, int]]:
+        found = []
+        for where, words in _lines(folder / name):
+            class_name = words[0].split("/")[0]
+            if class_name not in numbers:
+                raise UserError(f"{where}: class '{class_name}' is not in classInd.txt")
+            if len(words) != words_per_line:
+                raise UserError(f"{where}: expected {words_per_line} words, got '{' '.join(words)}'")
+            if words_per_line == 2 and words[1] != str(numbers[class_name] + 1):
+                raise UserError(f"{where}: class '{class_name}' has number {numbers[class_name] + 1}, not {words[1]}")
+            found.append((words[0], numbers[class_name]))
+        return found
+
+    about = read_json(folder / "dataset.json") if (folder / "dataset.json").exists() else {}
+    return SplitLists(
+        classes=list(numbers),
+        train=videos(f"trainlist{fold:02d}.txt", 2),
+        test=videos(f"testlist{fold:02d}.txt", 1),
+        flip_changes_class=bool(about.get("flip_changes_class", False)),
+    )
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
+    """The frames of a file's first video stream, in the order of display; UserError where it is no video."""
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path} holds no video stream")
+            yield from container.decode(video=0)
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path} is not a readable video: {error.strerror}") from error
+
+
+def probe(path: Path, label: int = -1) -> Video:
+    """Decode a whole file to learn its true length: headers of broken files lie, and so do those of some codecs."""
+    frames = height = width = 0
+    for frame in _decode(path):
+        frames, height, width = frames + 1, frame.height, frame.width
+    if not frames:
+        raise UserError(f"{path} holds no frames")
+    return Video(path, label, frames, height, width)
+
+
+def _scaled(height: int, width: int, short_side: int) -> tuple[int, int]:
+    scale = short_side / min(height, width)
+    return round(height * scale), round(width * scale)
+
+
+def read_frames(path: Path, indices: Sequence[int], short_side: int) -> NDArray[np.uint8]:
+    """RGB frames (T, H, W, 3) at the given indices (any order, repeats allowed), the shorter side scaled.
+
+    Decodes from the start: the only way to an exact frame in every codec, and cheap for clips of a few seconds.
+    """
+    wanted, last = set(indices), max(indices)
+    pictures = {}
+    for index, frame in enumerate(_decode(path)):
+        if index in wanted:
+            height, width = _scaled(frame.height, frame.width, short_side)
+            pictures[index] = frame.to_ndarray(format="rgb24", height=height, width=width)
+        if index == last:
+            return np.stack([pictures[i] for i in indices])
+    raise UserError(f"{path} has no frame {last}; it changed since it was indexed")
+
+
+def index_videos(folder: Path, names: Sequence[tuple[str, int]], cache: Path) -> tuple[list[Video], list[str]]:
+    """Find the length and size of each video, from the cache where the file is unchanged.
+
+    Args:
+        folder: where the class folders are.
+        names: (file name, class number) as in the lists.
+        cache: a JSON file, read and rewritten.
+
+    Returns:
+        The readable videos, and for each other one a sentence that names it and says what is wrong.
+    """
+    known = read_json(cache) if cache.exists() else {}
+
+    def entry(name: str) -> dict[str, int | str]:
+        path = folder / name
+        try:
+            status = path.stat()
+        except OSError as error:
+            return {"error": f"{path} cannot be read: {error.strerror}"}
+        stamp = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        old = known.get(name, {})
+        if stamp.items() <= old.items():
+            return old
+        try:
+            video = probe(path)
+        except UserError as error:
+            return stamp | {"error": str(error)}
+        return stamp | {"frames": video.frames, "height": video.height, "width": video.width}
+
+    # FFmpeg decodes outside the interpreter's lock, so threads use all cores.
+    with ThreadPoolExecutor() as pool:
+        files = [name for name, _ in names]
+        entries = dict(zip(files, progress(pool.map(entry, files), "index videos", len(files)), strict=True))
+    if any(known.get(name) != found for name, found in entries.items()):
+        write_text(cache, json.dumps(known | entries, indent=0))
+    videos, broken = [], []
+    for name, label in names:
+        found = entries[name]
+        if "error" in found:
+            broken.append(str(found["error"]))
+        else:
+            videos.append(Video(folder / name, label, found["frames"], found["height"], found["width"]))
+    return videos, broken
+
+
+def split_by_group(videos: Sequence[Video], fraction: float, seed: int) -> tuple[list[Video], list[Video]]:
+    """Split into training and validation videos, keeping whole groups of a class together.
+
+    The clips of one of UCF101's groups (the _gNN_ of a name) were cut from one recording: split apart, they would let
+    validation measure memory. A video without a group is its own. A class keeps at least one group for training.
+    """
+    groups: dict[int, dict[str, list[Video]]] = {}
+    for video in videos:
+        match = re.search(r"_g(\d+)_c\d+$", video.path.stem)
+        groups.setdefault(video.label, {}).setdefault(match[1] if match else video.path.stem, []).append(video)
+    rng = np.random.default_rng(seed)
+    train, validation = [], []
+    for label in sorted(groups):
+        names = rng.permutation(sorted(groups[label]))
+        count = min(len(names) - 1, max(1, round(fraction * len(names)))) if fraction else 0
+        for i, name in enumerate(names):
+            (validation if i < count else train).extend(groups[label][name])
+    return train, validation
+
+
+class Frames:
+    """Frames of videos by index; decodes all videos once and keeps them in memory where they fit, else on demand."""
+
+    def __init__(self, videos: Sequence[Video], short_side: int, memory_bytes: int) -> None:
+        self.short_side = short_side
+        self._kept: dict[Path, NDArray[np.uint8]] = {}
+        if sum(3 * v.frames * np.prod(_scaled(v.height, v.width, short_side)) for v in videos) <= memory_bytes:
+            for video in progress(videos, "decode videos"):
+                self._kept[video.path] = read_frames(video.path, range(video.frames), short_side)
+
+    def read(self, video: Video, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """RGB frames (T, H, W, 3) of a video."""
+        if video.path in self._kept:
+            return self._kept[video.path][indices]
+        return read_frames(video.path, indices, self.short_side)
+
+
+class ClipDataset(Dataset):
+    """One clip (T, 3, crop, crop) uint8 and the class number of each video.
+
+    With a seed the clip is a random one: start, crop and, if `flip`, side; it depends on seed, epoch and video only,
+    not on the number of workers. Without a seed it is the central clip.
+    """
+
+    def __init__(
+        self, videos: Sequence[Video], frames: Frames, clip: ClipConfig, seed: int | None = None, flip: bool = False
+    ) -> None:
+        self.videos, self.frames, self.clip, self.seed, self.flip = videos, frames, clip, seed, flip
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        video, crop = self.videos[i], self.clip.crop
+        start, top, left, mirror = self.clip.last_start(video.frames) / 2, 0.5, 0.5, False
+        if self.seed is not None:
+            rng = np.random.default_rng((self.seed, self.epoch, i))
+            start = rng.integers(self.clip.last_start(video.frames), endpoint=True)
+            top, left = rng.random(2)
+            mirror = self.flip and rng.random() < 0.5
+        pictures = self.frames.read(video, self.clip.indices(video.frames, int(start)))
+        top, left = round(top * (pictures.shape[1] - crop)), round(left * (pictures.shape[2] - crop))
+        pictures = pictures[:, top : top + crop, left : left + crop]
+        return _as_clip(pictures[:, :, ::-1] if mirror else pictures), video.label
+
+
+def views(video: Video, frames: Frames, clip: ClipConfig, clips: int, crops: int, flip: bool) -> Tensor:
+    """The clips that vote on a video: (clips * crops * (2 if flip else 1), T, 3, crop, crop) uint8.
+
+    `clips` evenly spaced clips; the centre crop, or with `crops` = 5 the four corners too. The paper takes 25 clips,
+    five crops and flips. Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
+    """
+    starts = np.linspace(0, clip.last_start(video.frames), clips).round().astype(int)
+    indices = np.array([clip.indices(video.frames, int(s)) for s in starts])
+    unique, inverse = np.unique(indices, return_inverse=True)
+    pictures = frames.read(video, unique.tolist())
+    bottom, right = pictures.shape[1] - clip.crop, pictures.shape[2] - clip.crop
+    corners = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)][:crops]
+    seen = [pictures[:, y : y + clip.crop, x : x + clip.crop] for y, x in corners]
+    if flip:
+        seen += [picture[:, :, ::-1] for picture in seen]
+    return torch.cat([_as_clip(picture)[torch.from_numpy(inverse.reshape(indices.shape))] for picture in seen])
+
+
+def _as_clip(pictures: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))

@@ -1,0 +1,201 @@
+"""The video example: its data reveal nothing in a single frame, its reader is exact, its runs resume bit for bit."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for _name in ("av", "matplotlib", "safetensors", "sklearn", "tqdm"):
+    pytest.importorskip(_name)
+
+import av
+from safetensors.torch import load_file
+
+from examples import video_classification, video_training, videos
+from examples.moving_digits import CLASSES, make_dataset, write_video
+from examples.training import UserError, exit_code
+from examples.video_model import ModelConfig, VideoClassifier
+from examples.videos import ClipConfig, ClipDataset, Frames, Video
+
+pytestmark = pytest.mark.compiled
+CLIP = ClipConfig(frames=4, resize=32, crop=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("digits")
+    make_dataset(root, groups=4, clips=1, frames=8, size=32)
+    return root
+
+
+def command(*words) -> int:
+    return exit_code(lambda: video_classification.run([str(word) for word in words]))
+
+
+def train_arguments(data: Path, run: Path) -> list:
+    paths = ["--videos", data / "videos", "--lists", data / "lists", "--run", run, "--device", "cpu"]
+    return [
+        "train",
+        *paths,
+        *["--epochs", "2", "--batch-size", "8", "--clip-frames", "4", "--resize", "32", "--val-fraction", "0.3"],
+    ]
+
+
+def test_make_dataset_is_deterministic_and_keeps_digits_apart(data, tmp_path):
+    make_dataset(tmp_path / "same", groups=4, clips=1, frames=8, size=32)
+    make_dataset(tmp_path / "other", groups=4, clips=1, frames=8, size=32, seed=1)
+    files = sorted(path.relative_to(data) for path in data.rglob("*") if path.suffix in (".avi", ".txt"))
+    assert len(files) == 4 * len(CLASSES) + 7
+    assert all((data / file).read_bytes() == (tmp_path / "same" / file).read_bytes() for file in files)
+    assert any((data / file).read_bytes() != (tmp_path / "other" / file).read_bytes() for file in files)
+    digits = json.loads((data / "lists" / "dataset.json").read_text())["digits"]
+    assert len(set(digits.values())) == len(digits)
+    for fold in (1, 2, 3):
+        lists = videos.read_lists(data / "lists", fold)
+        train, test = ({digits[name[-11:-4]] for name, _ in part} for part in (lists.train, lists.test))
+        assert train and test and not train & test
+
+
+def test_read_frames_are_exact_and_coded_alone(tmp_path):
+    path = tmp_path / "ramp.avi"
+    write_video(path, np.stack([np.full((32, 48), 20 * t, np.uint8) for t in range(12)]))
+    with av.open(str(path)) as container:
+        assert {frame.pict_type for frame in container.decode(video=0)} == {av.video.frame.PictureType.I}
+    frames = videos.read_frames(path, [7, 0, 7, 11], short_side=16)
+    assert frames.shape == (4, 16, 24, 3)
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [140, 0, 140, 220], atol=3)
+    with pytest.raises(UserError, match="no frame 12"):
+        videos.read_frames(path, [12], short_side=16)
+
+
+def test_index_names_broken_videos_and_is_cached(data, tmp_path, monkeypatch):
+    good = next((data / "videos").rglob("*.avi"))
+    (tmp_path / "C").mkdir()
+    shutil.copy(good, tmp_path / "C/good.avi")
+    (tmp_path / "C/empty.avi").touch()
+    (tmp_path / "C/text.avi").write_text("no video\n" * 100)
+    names = [(f"C/{name}.avi", 0) for name in ("good", "empty", "text", "gone")]
+    cache = tmp_path / "index.json"
+    found, broken = videos.index_videos(tmp_path, names, cache)
+    assert [video.path.name for video in found] == ["good.avi"] and found[0].frames == 8
+    assert [next(n for n in ("empty", "text", "gone") if n in line) for line in broken] == ["empty", "text", "gone"]
+    monkeypatch.setattr(videos, "probe", lambda path: pytest.fail(f"{path} was decoded again"))
+    assert videos.index_videos(tmp_path, names, cache) == (found, broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("trainlist01.txt", None, "trainlist01.txt"),
+        ("trainlist01.txt", "A/v.avi 1\nNope/v.avi 1\n", "trainlist01.txt, line 2: class 'Nope'"),
+        ("trainlist01.txt", "A/v.avi 2\n", "line 1: class 'A' has number 1, not 2"),
+        ("testlist01.txt", "A/v.avi\n\nNope/v.avi\n", "testlist01.txt, line 3: class 'Nope'"),
+        ("classInd.txt", "1 A\n3 B\n", "classInd.txt, line 2"),
+    ],
+)
+def test_lists_report_file_and_line(tmp_path, file, text, message):
+    lists = {"classInd.txt": "1 A\n2 B\n", "trainlist01.txt": "A/v.avi 1\n", "testlist01.txt": "B/v.avi\n", file: text}
+    for name, content in lists.items():
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        videos.read_lists(tmp_path, 1)
+
+
+def test_split_keeps_groups_together():
+    names = [(k, f"v_X_g{g:02d}_c{c:02d}.avi") for k in range(3) for g in range(9) for c in range(4)]
+    everything = [Video(Path(name), label, 9, 32, 32) for label, name in names]
+    train, validation = videos.split_by_group(everything, 0.2, seed=0)
+    groups = [{(video.label, video.path.name[:7]) for video in part} for part in (train, validation)]
+    assert len(train) + len(validation) == len(everything) and not groups[0] & groups[1]
+    assert {video.label for video in validation} == {0, 1, 2} and len(validation) == 3 * 2 * 4
+
+
+def test_clips_and_views(data):
+    video = videos.probe(next((data / "videos").rglob("*.avi")), label=3)
+    frames = Frames([video], CLIP.resize, memory_bytes=0)
+    kept = Frames([video], CLIP.resize, memory_bytes=1 << 20)
+    np.testing.assert_array_equal(frames.read(video, [5, 1]), kept.read(video, [5, 1]))
+    clip, label = ClipDataset([video], frames, CLIP)[0]
+    assert clip.shape == (4, 3, 32, 32) and label == 3
+    random = ClipDataset([video], kept, CLIP, seed=0)
+    seen = []
+    for random.epoch in range(10):
+        torch.testing.assert_close(random[0], random[0])
+        seen.append(random[0][0])
+    assert any(not torch.equal(seen[0], other) for other in seen)
+    votes = videos.views(video, kept, CLIP, clips=3, crops=5, flip=True)
+    assert votes.shape == (30, 4, 3, 32, 32)
+    torch.testing.assert_close(votes[15:], votes[:15].flip(-1))
+    assert CLIP.indices(video_frames=2, start=0) == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rnn", ["gru_rcn", "min_conv2d_gru"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_model_learns_with_all_its_parameters(rnn, bidirectional):
+    model = VideoClassifier(ModelConfig(5, rnn, bidirectional))
+    logits = model(torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8))
+    assert logits.shape == (2, 5)
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_vgg16_without_torchvision_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(UserError, match="install the torchvision"):
+        VideoClassifier(ModelConfig(5, backbone="vgg16"))
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command(*train_arguments(data, whole)) == 0
+    run_epoch = video_training.Trainer.run_epoch
+
+    def stop(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return run_epoch(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_training.Trainer, "run_epoch", stop)
+        assert command(*train_arguments(data, broken)) == 130
+    assert command(*train_arguments(data, broken)) == 2
+    assert command(*train_arguments(data, broken), "--resume", "--lr", 0.1) == 2
+    assert command(*train_arguments(data, broken), "--resume") == 0
+    expected, actual = (load_file(run / "last.safetensors") for run in (whole, broken))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
+    rows = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    capsys.readouterr()
+
+    assert command("test", "--run", whole, "--clips", 2, "--device", "cpu") == 0
+    assert "no flips" in capsys.readouterr().out
+    pictures = ("learning_curve.png", "confusion.png", "predictions.png")
+    assert all((whole / name).stat().st_size > 5000 for name in pictures)
+    video = next((data / "videos").rglob("*.avi"))
+    assert command("predict", "--run", whole, "--top", 2, "--device", "cpu", video, data / "lists/classInd.txt") == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{video}: ") and out.count("%") == 2
+    assert "classInd.txt is not a readable video" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--videos", "nowhere", "--lists", "{lists}"], "--videos nowhere is not a folder"),
+        (["train", "--lists", "nowhere"], "classInd.txt"),
+        (["train", "--lists", "{lists}", "--crop", "16"], "crop >= 32"),
+        (["train", "--lists", "{lists}", "--device", "tricorder"], "--device tricorder"),
+        (["test", "--run", "nowhere"], "there is no checkpoint nowhere"),
+        (["make-data", "--out", "x", "--groups", "2000"], "at most 1797"),
+    ],
+)
+def test_mistakes_are_one_sentence(data, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert command(*(word.format(lists=data / "lists") for word in words)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1

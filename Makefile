@@ -7,46 +7,52 @@ TRITON ?= triton==3.8.0
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-STAMP   := $(VENV)/.built
+CONFIG  := $(VENV)/.config
+LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu bench lint wheel clean
+.PHONY: setup demo test test-gpu bench lint wheel clean FORCE
 
-setup: $(STAMP)
+setup: $(LIBRARY)
 
-$(VENV)/.installed: pyproject.toml
+# What the environment was made for: made anew where TORCH or TRITON say otherwise, built anew where DEBUG does.
+$(CONFIG): FORCE
+	@mkdir -p $(VENV)
+	@echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" | cmp -s - $@ || echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" > $@
+
+$(VENV)/.installed: $(CONFIG) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel ninja
 	touch $@
 
-$(STAMP): $(VENV)/.installed setup.py $(SOURCES)
+$(LIBRARY): $(VENV)/.installed setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,lint,test]"
 	touch $@
 
-demo: $(STAMP)
+demo: $(LIBRARY)
 	$(BIN)/python -m examples.video_classification demo
 
 # The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter. A process a core, one thread
 # each: more would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
-test: $(STAMP)
+test: $(LIBRARY)
 	$(PYTEST) $(ARGS)
 	CONVRNN_BACKEND=triton $(PYTEST) $(ARGS)
 
-test-gpu: $(STAMP)
+test-gpu: $(LIBRARY)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device is present (python -m convrnn.info says why)')"
 	$(BIN)/python -m pytest --device cuda $(ARGS)
 
-bench: $(STAMP)
+bench: $(LIBRARY)
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(STAMP)
+lint: $(LIBRARY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: $(STAMP)
+wheel: $(LIBRARY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 

@@ -15,7 +15,7 @@ class Build(BuildExtension):
     """BuildExtension (ninja; MAX_JOBS and CXX honoured) that says in one sentence what is missing."""
 
     def build_extensions(self) -> None:
-        compiler = os.environ.get("CXX", "c++").split()[0]
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
         if shutil.which(compiler) is None:
             raise SystemExit(
                 f"convrnn needs a C++17 compiler to build and '{compiler}' was not found: install g++ or clang++ "

@@ -169,7 +169,7 @@ def launch(kernel, like: Tensor, *operands: Tensor | None) -> None:
     if like.shape[0] * lanes == 0:
         return
     extents = (lanes, *(0 if x is None else stride(x, 0) for x in operands))
-    vec = vector_width(like, *extents)
+    vec = vector_width(like, operands, extents)
     block = THREADS * vec
     with torch.cuda.device_of(like):
         kernel[(like.shape[0] * triton.cdiv(lanes, block),)](

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch
+from .layout import dense
 from .math import acc_dtype, jit_kernel, program_lanes
 
 
@@ -160,7 +161,7 @@ def gru_rcn_fwd(
     if out.numel() == 0:
         return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
 
-    gates = _conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space)
+    gates = dense(_conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space))
     # What the convolutions see of the state: the state itself, or a copy rounded to x's dtype.
     rounds = x.dtype != state.dtype
     frame = state.to(x.dtype)
@@ -200,22 +201,27 @@ def gru_rcn_bwd(
     Returns:
         Gradients of (x, h0, W, U, C, bias); of shape (0,) where not wanted.
     """
+    wanted = list(output_mask)
+    wanted[1] = wanted[1] and h0 is not None
     out, gates = out.contiguous(), gates.contiguous()
     state_shape = (out.shape[0], *out.shape[2:])
     if dh_n is None:
         dh = x.new_zeros(state_shape, dtype=_state_dtype(x))
     else:
         dh = dh_n.to(_state_dtype(x), copy=True, memory_format=torch.contiguous_format)
-    wants_h0 = output_mask[1] and h0 is not None
-    da = torch.empty_like(gates)
-    if da.numel() > 0:
-        dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wants_h0)
-
-    dx, dW, dbias = _conv_backward(da, x, W, [output_mask[0], output_mask[2], output_mask[5]])
-    dU, dC = _recurrent_weight_grads(da, h0, U, C, out, gates, output_mask[3], output_mask[4])
-    dh0 = dh.to(h0.dtype) if wants_h0 else None
-    grads = (dx, dh0, dW, dU, dC, dbias)
-    return tuple(x.new_empty((0,)) if grad is None else grad.contiguous() for grad in grads)
+    grads: list[Tensor | None]
+    if out.numel() == 0:  # no frame, or none with a pixel and a channel: the state passes through
+        grads = [torch.zeros_like(x), dh, torch.zeros_like(W), torch.zeros_like(U), torch.zeros_like(C)]
+        grads.append(x.new_zeros(W.shape[0]))
+    else:
+        da = torch.empty_like(gates)
+        dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wanted[1])
+        dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
+        grads = [dx, dh, dW, *_recurrent_weight_grads(da, h0, U, C, out, gates, wanted[3], wanted[4]), dbias]
+    if wanted[1]:
+        grads[1] = dh.to(h0.dtype)
+    # A library may return what the mask did not ask for.
+    return tuple(dense(grad) if want else x.new_empty((0,)) for grad, want in zip(grads, wanted, strict=True))
 
 
 def _walk_back(

@@ -2,7 +2,7 @@
 
 A sequence is a tensor ``(B, T, C, *S)``. Its batch and time strides are free; its frames ``(C, *S)`` are either
 *channels first* (row-major) or *channels last* (the channel varies fastest). Every other tensor is copied to
-channels first. The C++ side states the same rule in ``kernels/cpu/layout.h``; the fake kernels in ``convrnn/ops``
+channels first. The C++ side states the same rule in ``kernels/cpu/tensor.h``; the fake kernels in ``convrnn/ops``
 and the Triton launchers call this file.
 """
 
@@ -62,6 +62,11 @@ def to_layout(x: Tensor, channel_dim: int, channels_last: bool) -> Tensor:
     if has_layout(x, channel_dim, channels_last):
         return x
     return empty(x, x.shape, channel_dim, channels_last, x.dtype).copy_(x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` contiguous, with row-major strides also where a dimension of size 1 leaves them open, as the fakes have it."""
+    return x.contiguous().as_strided(x.shape, dense_strides(x.shape, 0, channels_last=False))
 
 
 def frame_numel(x: Tensor, channel_dim: int) -> int:

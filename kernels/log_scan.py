@@ -232,13 +232,13 @@ def log_scan_fwd(log_a: Tensor, log_b: Tensor) -> Tensor:
 
     batch, steps, lanes = log_a.shape[0], log_a.shape[1], frame_numel(log_b, 2)
     extents = (lanes, stride(log_a, 0), stride(log_a, 1), stride(log_b, 0), stride(log_b, 1))
-    vec = vector_width(log_x, *extents)  # the widest tensor's: one vector a thread, no exchange between threads
+    tensors = (log_a, log_b, log_x)
+    # the widest tensor's: one vector a thread, no exchange between threads
+    vec = vector_width(log_x, tensors, extents)
     block = THREADS * vec
     with torch.cuda.device_of(log_b):
         log_scan_fwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            log_a,
-            log_b,
-            log_x,
+            *tensors,
             steps,
             *(extent // vec for extent in extents),
             VEC=vec,
@@ -270,13 +270,12 @@ def log_scan_bwd(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) ->
     dlog_x, log_a, log_b, log_x = inputs
     batch, steps, lanes = log_a.shape[0], log_a.shape[1], frame_numel(log_b, 2)
     extents = (lanes, *(stride(x, dim) for x in (log_a, log_b, log_x, dlog_x) for dim in (0, 1)))
-    vec = vector_width(log_x, *extents)  # the widest tensor's: one vector a thread, no exchange between threads
+    tensors = (*inputs, dlog_a, dlog_b)
+    vec = vector_width(log_x, tensors, extents)
     block = THREADS * vec
     with torch.cuda.device_of(log_b):
         log_scan_bwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            *inputs,
-            dlog_a,
-            dlog_b,
+            *tensors,
             steps,
             *(extent // vec for extent in extents),
             VEC=vec,

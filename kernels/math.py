@@ -6,7 +6,7 @@ Functions here take and return float32 (float64 for float64 tensors); kernels co
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
@@ -74,14 +74,17 @@ def acc_dtype(*tensors: Tensor) -> tl.dtype:
     return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
 
 
-def vector_width(x: Tensor, *extents: int) -> int:
-    """Elements that one access can move: the largest power of two in 16 bytes that divides every stride and size.
+def vector_width(like: Tensor, operands: Iterable[Tensor | None], extents: Iterable[int]) -> int:
+    """Elements of ``like`` that one access can move: the largest power of two in 16 bytes that divides every stride and
+    size; 1 where an operand's address is no multiple of 16 bytes, which is all that Triton learns about addresses.
 
     Kernels take strides and sizes divided by it and multiply again, which is what tells the compiler about alignment;
     a hint on the value (``tl.multiple_of``) does not, and Triton by itself only sees multiples of 16. A program covers
     one such vector per thread: with more, unaligned shapes hold their addresses one by one and spill.
     """
-    return math.gcd(VECTOR_BYTES // x.element_size(), *extents)
+    if any(x.data_ptr() % VECTOR_BYTES for x in operands if x is not None):
+        return 1
+    return math.gcd(VECTOR_BYTES // like.element_size(), *extents)
 
 
 def stride(x: Tensor, dim: int) -> int:

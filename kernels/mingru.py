@@ -235,14 +235,12 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
 
     lanes = frame_numel(h_n, 1)
     extents = _extents(gate_hidden, h0, lanes, channels_last)
-    vec = vector_width(gate_hidden, *extents)
+    tensors = (gate_hidden, h0, h, h_n)
+    vec = vector_width(gate_hidden, tensors, extents)
     block = THREADS * vec
     with torch.cuda.device_of(gate_hidden):
         mingru_fwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            gate_hidden,
-            h0,
-            h,
-            h_n,
+            *tensors,
             steps,
             *(extent // vec for extent in extents),
             CHANNELS_LAST=channels_last,
@@ -291,17 +289,12 @@ def mingru_bwd(
         *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
         0 if dh_n is None else stride(dh_n, 0),
     )
-    vec = vector_width(gate_hidden, *extents)
+    tensors = (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0)
+    vec = vector_width(gate_hidden, tensors, extents)
     block = THREADS * vec
     with torch.cuda.device_of(gate_hidden):
         mingru_bwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            dh,
-            dh_n,
-            gate_hidden,
-            h0,
-            h,
-            dgate_hidden,
-            None if h0 is None else dh0,
+            *tensors,
             steps,
             *(extent // vec for extent in extents),
             CHANNELS_LAST=channels_last,

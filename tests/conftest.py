@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import convrnn  # noqa: F401  before anything imports triton: see CONVRNN_BACKEND
+
 INTERPRETED = os.environ.get("CONVRNN_BACKEND") == "triton"
 
 
@@ -35,7 +37,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.fail("--device cuda: no CUDA device is present")
     # cuDNN's default rounds fp32 convolutions to tf32, 10 bits
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield name
 
 

@@ -38,6 +38,7 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
             (randn(2, 3, 2, 4, 5), None, *weights, None),
             (randn(3, 2, 2, 4, 5).transpose(0, 1), randn(2, 3, 4, 5), *weights, randn(9)),
             (randn(2, 3, 2, 4), None, randn(9, 2, 3), randn(6, 3, 1), randn(3, 3, 3), randn(9)),
+            (randn(2, 3, 2, 5, 1), randn(2, 3, 5, 1), randn(9, 2, 1, 3), randn(6, 3, 1, 3), randn(3, 3, 1, 3), None),
         ]
     raise ValueError(f"no samples for {op}")
 
@@ -59,6 +60,7 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
             samples.append((*upstream, arguments[2], outputs[0], arguments[3]))
         else:
             out, _, gates = outputs
-            for mask in ([True] * 6, [False, True, False, True, False, False]):
+            masks = [True] * 6, [False, True, False, True, False, False], [True, False, False, True, True, True]
+            for mask in masks:
                 samples.append((upstream[0], None, *arguments[:5], out, gates, mask))
     return samples

@@ -87,6 +87,14 @@ def test_empty(batch, steps, device):
     assert all(gradient.eq(0).all() for gradient in gradients[2:])
 
 
+@pytest.mark.parametrize("size", [(0, 4), (3, 0)], ids=str)
+def test_frames_without_pixels(size, device):
+    leaves = [x.requires_grad_() for x in make(size=size, bias=True, device=device)]
+    out, h_n = gru_rcn(*leaves)
+    gradients = torch.autograd.grad(out.sum() + h_n.sum(), leaves)
+    assert [g.shape for g in gradients] == [x.shape for x in leaves] and not any(g.any() for g in gradients)
+
+
 def test_any_split_of_time_agrees(device):
     x, h, *weights = make(steps=6, device=device)
     whole, h_n = gru_rcn(x, h, *weights)

@@ -150,6 +150,18 @@ def test_unaligned_sizes_use_the_widest_access_that_divides_them() -> None:
     assert all(set(launch.loads + launch.stores) == {32} for launch in launches[2:])
 
 
+@pytest.mark.parametrize("offset, width", ((1, 16), (4, 16), (8, 128)))
+def test_views_at_odd_addresses_use_what_their_address_allows(offset: int, width: int) -> None:
+    """A view that starts ``offset`` bfloat16 elements into its storage: lane by lane unless it is a multiple of 16
+    bytes, with no exchange between threads and no spills."""
+    gate_hidden = torch.empty(2 * 5 * 64 + offset, dtype=torch.bfloat16)[offset:].view(2, 5, 64)
+    with compiling(90) as launches:
+        h, h_n = mingru.mingru_fwd(gate_hidden)
+        mingru.mingru_bwd(h, h_n, gate_hidden, None, h)
+    check(launches, aligned=False)
+    assert {w for launch in launches for w in launch.loads + launch.stores} == {width}
+
+
 def test_tensors_beyond_2_to_the_31_elements() -> None:
     """A batch of 8e10 elements, which no memory holds: the grid stays on its first axis, strides pass in 64 bits."""
     with compiling(90) as launches:

@@ -25,9 +25,10 @@ BACKENDS = ("auto", "triton")
 def _find_library() -> Path:
     folder = Path(__file__).resolve().parents[1]
     found = sorted(folder.glob("_C*.so"))
-    if not found:
+    # convrnn.kernels is mapped from kernels/ by the installer: it is missing where only the library was built
+    if not found or importlib.util.find_spec("convrnn.kernels") is None:
         raise ImportError(
-            f"convrnn's C++ library is missing from {folder}: build it with "
+            f"{'convrnn.kernels' if found else 'the C++ library'} is missing from {folder}: install with "
             "`pip install --no-build-isolation -e .` in the source tree"
         )
     return found[0]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import check_floating, check_same_device
+from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_once_differentiable, register_triton
 
 
@@ -17,11 +17,8 @@ def _check(h: Tensor, others: list[tuple[str, Tensor, int]]) -> None:
     for name, x, times in others:
         check_floating(name, x)
         check_same_device(name, x, "h", h)
-        expected = [h.shape[0], times * h.shape[1]] + list(h.shape[2:])
-        if list(x.shape) != expected:
-            raise ValueError(f"{name} must be {expected} for h {list(h.shape)}, got {list(x.shape)}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name} {first.dtype}, got {x.dtype}")
+        check_shape(name, x, f"(B, {times}*C, *S)", [h.shape[0], times * h.shape[1]] + list(h.shape[2:]))
+        check_same_dtype(name, x, first_name, first)
     if h.dtype != first.dtype and (h.dtype != torch.float32 or first.dtype == torch.float64):
         raise TypeError(
             f"h must be {first.dtype}, as {first_name} is, or the float32 state of a 16-bit {first_name}; got {h.dtype}"
@@ -86,27 +83,33 @@ def gru_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Te
 
 @torch.library.register_fake("convrnn::gru_gates")
 def _(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(h, [("xp", xp, 2), ("hp", hp, 2)])
     return xp.new_empty(h.shape), xp.new_empty(h.shape), xp.new_empty(h.shape)
 
 
 @torch.library.register_fake("convrnn::gru_gates_backward")
 def _(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    _check(h, [("dz", dz, 1), ("dr", dr, 1), ("drh", drh, 1), ("z", z, 1), ("r", r, 1)])
     return z.new_empty((h.shape[0], 2 * h.shape[1], *h.shape[2:])), h.new_empty(h.shape)
 
 
 @torch.library.register_fake("convrnn::gru_update")
 def _(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    _check(h, [("xc", xc, 1), ("hc", hc, 1), ("z", z, 1)])
     return xc.new_empty(h.shape), h.new_empty(h.shape)
 
 
 @torch.library.register_fake("convrnn::gru_update_backward")
 def _(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(h, [("dc", dc, 1), ("z", z, 1), ("c", c, 1)])
+    _check(h, [("dh_next", dh_next, 1), ("h", h, 1)])
     return c.new_empty(h.shape), c.new_empty(h.shape), h.new_empty(h.shape)
 
 
 def _triton_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.gru_gates import gru_gates_fwd
 
+    _check(h, [("xp", xp, 2), ("hp", hp, 2)])
     return gru_gates_fwd(xp, hp, h)
 
 
@@ -115,12 +118,14 @@ def _triton_gates_backward(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.gru_gates import gru_gates_bwd
 
+    _check(h, [("dz", dz, 1), ("dr", dr, 1), ("drh", drh, 1), ("z", z, 1), ("r", r, 1)])
     return gru_gates_bwd(dz, dr, drh, z, r, h)
 
 
 def _triton_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     from ..kernels.gru_gates import gru_update_fwd
 
+    _check(h, [("xc", xc, 1), ("hc", hc, 1), ("z", z, 1)])
     return gru_update_fwd(xc, hc, z, h)
 
 
@@ -129,6 +134,8 @@ def _triton_update_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.gru_gates import gru_update_bwd
 
+    _check(h, [("dc", dc, 1), ("z", z, 1), ("c", c, 1)])
+    _check(h, [("dh_next", dh_next, 1), ("h", h, 1)])
     return gru_update_bwd(dc, dh_next, z, c, h)
 
 

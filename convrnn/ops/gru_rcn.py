@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._check import check_floating, check_same_device
+from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_autocast, register_once_differentiable, register_triton
 
 
@@ -46,6 +46,16 @@ def gru_rcn(
         >>> out.shape, h_n.shape
         (torch.Size([2, 5, 4, 8, 8]), torch.Size([2, 4, 8, 8]))
     """
+    _check_shapes(x, h0, W, U, C, bias)
+    if not torch.jit.is_scripting():  # which knows no autocast by device; there the op finds the wrong dtype
+        device_type = x.device.type
+        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+            _check_dtypes(x, W, U, C, bias)
+    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, _odd(W), _odd(U), _odd(C), bias)
+    return out, h_n
+
+
+def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
     check_floating("x", x)
     if x.dim() < 4 or x.dim() > 6:
         raise ValueError(f"x must be (B, T, Ox, *S) with one to three spatial dimensions, got {list(x.shape)}")
@@ -58,22 +68,15 @@ def gru_rcn(
     if bias is not None:
         check_floating("bias", bias)
         check_same_device("bias", bias, "x", x)
-        if list(bias.shape) != [3 * channels]:
-            raise ValueError(f"bias must be (3*Oh,) = {[3 * channels]}, got {list(bias.shape)}")
+        check_shape("bias", bias, "(3*Oh,)", [3 * channels])
     if h0 is not None:
-        check_floating("h0", h0)
-        check_same_device("h0", h0, "x", x)
-        expected = [x.shape[0], channels] + list(x.shape[3:])
-        if list(h0.shape) != expected:
-            raise ValueError(f"h0 must be (B, Oh, *S) = {expected}, got {list(h0.shape)}")
-    if not torch.jit.is_scripting():  # which knows no autocast by device; there the convolution reports the dtypes
-        device_type = x.device.type
-        if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-            for name, weight in (("W", W), ("U", U), ("C", C), ("bias", bias)):
-                if weight is not None and weight.dtype != x.dtype:
-                    raise TypeError(f"{name} must have the dtype of x {x.dtype}, got {weight.dtype}")
-    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, _odd(W), _odd(U), _odd(C), bias)
-    return out, h_n
+        _check_state("h0", h0, x, C)
+
+
+def _check_state(name: str, h: Tensor, x: Tensor, C: Tensor) -> None:
+    check_floating(name, h)
+    check_same_device(name, h, "x", x)
+    check_shape(name, h, "(B, Oh, *S)", [x.shape[0], C.shape[0]] + list(x.shape[3:]))
 
 
 def _check_kernel(name: str, weight: Tensor, out_channels: int, in_channels: int, x: Tensor) -> None:
@@ -83,6 +86,49 @@ def _check_kernel(name: str, weight: Tensor, out_channels: int, in_channels: int
         raise ValueError(
             f"{name} must be {[out_channels, in_channels]} and {x.dim() - 3} kernel dimensions, got {list(weight.shape)}"
         )
+
+
+def _check_dtypes(x: Tensor, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+    check_same_dtype("W", W, "x", x)
+    check_same_dtype("U", U, "x", x)
+    check_same_dtype("C", C, "x", x)
+    if bias is not None:
+        check_same_dtype("bias", bias, "x", x)
+
+
+def _check_op(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+    _check_shapes(x, h0, W, U, C, bias)
+    _check_dtypes(x, W, U, C, bias)
+    for name, weight in (("W", W), ("U", U), ("C", C)):
+        if any(size % 2 == 0 for size in weight.shape[2:]):
+            raise ValueError(
+                f"{name} must have odd kernel sizes (convrnn.gru_rcn takes even ones), got {list(weight.shape)}"
+            )
+
+
+def _check_backward(
+    dout: Tensor | None,
+    dh_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    output_mask: list[bool],
+) -> None:
+    _check_op(x, h0, W, U, C, None)
+    if dh_n is not None:
+        _check_state("dh_n", dh_n, x, C)
+    for name, sequence, times in (("dout", dout, 1), ("out", out, 1), ("gates", gates, 3)):
+        if sequence is not None:
+            check_same_device(name, sequence, "x", x)
+            check_same_dtype(name, sequence, "x", x)
+            shape = [*x.shape[:2], times * C.shape[0], *x.shape[3:]]
+            check_shape(name, sequence, f"(B, T, {times}*Oh, *S)", shape)
+    if len(output_mask) != 6:
+        raise ValueError(f"output_mask must hold 6 flags, got {len(output_mask)}")
 
 
 def _odd(weight: Tensor) -> Tensor:
@@ -97,6 +143,7 @@ def _odd(weight: Tensor) -> Tensor:
 def _(
     x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_op(x, h0, W, U, C, bias)
     batch, steps, _, *size = x.shape
     h_n = x.new_empty((batch, C.shape[0], *size), dtype=x.dtype if h0 is None else h0.dtype)
     return x.new_empty((batch, steps, C.shape[0], *size)), h_n, x.new_empty((batch, steps, W.shape[0], *size))
@@ -115,11 +162,11 @@ def _(
     gates: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    state = x.new_empty((x.shape[0], C.shape[0], *x.shape[3:]), dtype=x.dtype if h0 is None else h0.dtype)
-    gradients = (x, state, W, U, C, x.new_empty(W.shape[0]))
+    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask)
+    inputs = (x, h0, W, U, C, W.new_empty(W.shape[0]))
     return tuple(
-        like.new_empty(like.shape) if wanted else x.new_empty(0)
-        for like, wanted in zip(gradients, output_mask, strict=True)
+        x.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
+        for like, wanted in zip(inputs, output_mask, strict=True)
     )
 
 
@@ -128,12 +175,14 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.gru_rcn import gru_rcn_fwd
 
+    _check_op(x, h0, W, U, C, bias)
     return gru_rcn_fwd(x, h0, W, U, C, bias)
 
 
 def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
     from ..kernels.gru_rcn import gru_rcn_bwd
 
+    _check_backward(*args)
     return gru_rcn_bwd(*args)
 
 

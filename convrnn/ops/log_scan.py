@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import check_floating, check_same_device
+from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_once_differentiable, register_triton
 
 
@@ -32,38 +32,56 @@ def parallel_scan_log(log_a: Tensor, log_b: Tensor) -> Tensor:
         >>> parallel_scan_log(torch.zeros(1, 3), torch.zeros(1, 4))  # x_t = x_{t-1} + 1
         tensor([[1., 2., 3., 4.]])
     """
+    _check(log_a, log_b)
+    return torch.ops.convrnn.log_scan(log_a, log_b).exp().to(log_b.dtype)
+
+
+def _check(log_a: Tensor, log_b: Tensor) -> None:
     check_floating("log_a", log_a)
     check_floating("log_b", log_b)
     check_same_device("log_b", log_b, "log_a", log_a)
-    if log_a.dtype != log_b.dtype:
-        raise TypeError(f"log_b must have the dtype of log_a {log_a.dtype}, got {log_b.dtype}")
+    check_same_dtype("log_b", log_b, "log_a", log_a)
     if log_a.dim() < 2:
         raise ValueError(f"log_a must be (B, T, *), got {list(log_a.shape)}")
-    expected = [log_a.shape[0], log_a.shape[1] + 1] + list(log_a.shape[2:])
-    if list(log_b.shape) != expected:
-        raise ValueError(f"log_b must be (B, T+1, *) = {expected}, got {list(log_b.shape)}")
-    return torch.ops.convrnn.log_scan(log_a, log_b).exp().to(log_b.dtype)
+    check_shape("log_b", log_b, "(B, T+1, *)", [log_a.shape[0], log_a.shape[1] + 1] + list(log_a.shape[2:]))
+
+
+def _check_backward(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) -> None:
+    _check(log_a, log_b)
+    for name, x in (("dlog_x", dlog_x), ("log_x", log_x)):
+        check_same_device(name, x, "log_b", log_b)
+        check_shape(name, x, "(B, T+1, *)", list(log_b.shape))
+        if x.dtype != _state_dtype(log_b):
+            raise TypeError(f"{name} must be {_state_dtype(log_b)} for log_b {log_b.dtype}, got {x.dtype}")
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("convrnn::log_scan")
 def _(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return log_b.new_empty(log_b.shape, dtype=torch.float64 if log_b.dtype == torch.float64 else torch.float32)
+    _check(log_a, log_b)
+    return log_b.new_empty(log_b.shape, dtype=_state_dtype(log_b))
 
 
 @torch.library.register_fake("convrnn::log_scan_backward")
 def _(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
+    _check_backward(dlog_x, log_a, log_b, log_x)
     return log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
 
 
 def _triton(log_a: Tensor, log_b: Tensor) -> Tensor:
     from ..kernels.log_scan import log_scan_fwd
 
+    _check(log_a, log_b)
     return log_scan_fwd(log_a, log_b)
 
 
 def _triton_backward(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) -> tuple[Tensor, Tensor]:
     from ..kernels.log_scan import log_scan_bwd
 
+    _check_backward(dlog_x, log_a, log_b, log_x)
     return log_scan_bwd(dlog_x, log_a, log_b, log_x)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import layout
-from ._check import check_floating, check_same_device
+from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_once_differentiable, register_triton
 
 
@@ -39,15 +39,7 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
         >>> h.shape, h_n.shape
         (torch.Size([2, 5, 3]), torch.Size([2, 3]))
     """
-    check_floating("gate_hidden", gate_hidden)
-    if gate_hidden.dim() < 3 or gate_hidden.shape[2] % 2 != 0:
-        raise ValueError(f"gate_hidden must be (B, T, 2*C, *S), got {list(gate_hidden.shape)}")
-    if h0 is not None:
-        check_floating("h0", h0)
-        check_same_device("h0", h0, "gate_hidden", gate_hidden)
-        expected = [gate_hidden.shape[0], gate_hidden.shape[2] // 2] + list(gate_hidden.shape[3:])
-        if list(h0.shape) != expected:
-            raise ValueError(f"h0 must be (B, C, *S) = {expected}, got {list(h0.shape)}")
+    _check(gate_hidden, h0)
     h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0)
     return h, h_n
 
@@ -80,11 +72,37 @@ def mingru_gate_hidden(gate: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
         raise ValueError(f"gate must be (B, T, C, *S), got {list(gate.shape)}")
     if hidden.shape != gate.shape:
         raise ValueError(f"hidden must have the shape of gate {list(gate.shape)}, got {list(hidden.shape)}")
-    if hidden.dtype != gate.dtype:
-        raise TypeError(f"hidden must have the dtype of gate {gate.dtype}, got {hidden.dtype}")
+    check_same_dtype("hidden", hidden, "gate", gate)
     if h.dim() != gate.dim() or h.shape[1] != 1:
         raise ValueError(f"h must be (B, 1, C, *S) for gate {list(gate.shape)}, got {list(h.shape)}")
     return mingru(torch.cat((gate, hidden), dim=2), h.squeeze(1))[0]
+
+
+def _check(gate_hidden: Tensor, h0: Tensor | None) -> None:
+    check_floating("gate_hidden", gate_hidden)
+    if gate_hidden.dim() < 3 or gate_hidden.shape[2] % 2 != 0:
+        raise ValueError(f"gate_hidden must be (B, T, 2*C, *S), got {list(gate_hidden.shape)}")
+    if h0 is not None:
+        _check_state("h0", h0, gate_hidden)
+
+
+def _check_state(name: str, h: Tensor, gate_hidden: Tensor) -> None:
+    check_floating(name, h)
+    check_same_device(name, h, "gate_hidden", gate_hidden)
+    shape = [gate_hidden.shape[0], gate_hidden.shape[2] // 2] + list(gate_hidden.shape[3:])
+    check_shape(name, h, "(B, C, *S)", shape)
+
+
+def _check_backward(dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor) -> None:
+    _check(gate_hidden, h0)
+    if dh_n is not None:
+        _check_state("dh_n", dh_n, gate_hidden)
+    shape = [*gate_hidden.shape[:2], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:]]
+    for name, x in (("dh", dh), ("h", h)):
+        if x is not None:
+            check_same_device(name, x, "gate_hidden", gate_hidden)
+            check_same_dtype(name, x, "gate_hidden", gate_hidden)
+            check_shape(name, x, "(B, T, C, *S)", shape)
 
 
 def _state_like(gate_hidden: Tensor, h0: Tensor | None, channels_last: bool) -> Tensor:
@@ -94,6 +112,7 @@ def _state_like(gate_hidden: Tensor, h0: Tensor | None, channels_last: bool) -> 
 
 @torch.library.register_fake("convrnn::mingru")
 def _(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(gate_hidden, h0)
     channels_last = layout.is_channels_last(gate_hidden, 2)
     shape = (*gate_hidden.shape[:2], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:])
     h = layout.empty(gate_hidden, shape, 2, channels_last, gate_hidden.dtype)
@@ -104,6 +123,7 @@ def _(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def _(
     dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
+    _check_backward(dh, dh_n, gate_hidden, h0, h)
     channels_last = layout.is_channels_last(gate_hidden, 2)
     dgate_hidden = layout.empty(gate_hidden, gate_hidden.shape, 2, channels_last, gate_hidden.dtype)
     return dgate_hidden, gate_hidden.new_empty(0) if h0 is None else _state_like(gate_hidden, h0, channels_last)
@@ -112,6 +132,7 @@ def _(
 def _triton(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from ..kernels.mingru import mingru_fwd
 
+    _check(gate_hidden, h0)
     return mingru_fwd(gate_hidden, h0)
 
 
@@ -120,6 +141,7 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.mingru import mingru_bwd
 
+    _check_backward(dh, dh_n, gate_hidden, h0, h)
     return mingru_bwd(dh, dh_n, gate_hidden, h0, h)
 
 

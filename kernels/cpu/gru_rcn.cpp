@@ -60,8 +60,7 @@ ConvolutionGradients convolve_backward(const Tensor& up, const Tensor& x, const 
       torch::stable::detail::from(int64_t{1}),
       torch::stable::detail::from(HeaderOnlyArrayRef<bool>(mask, 3)),
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher("aten::convolution_backward", stack);
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
           torch::stable::detail::to<Tensor>(stack[2])};
 }
@@ -71,7 +70,7 @@ Tensor data_gradient(const Tensor& up, const Tensor& x, const Tensor& weight) {
 }
 
 Tensor weight_gradient(const Tensor& up, const Tensor& x, const Tensor& weight) {
-  return torch::stable::contiguous(convolve_backward(up, x, weight, false, true, false).dweight);
+  return dense(convolve_backward(up, x, weight, false, true, false).dweight);
 }
 
 // (B, T, ...) as B*T frames.
@@ -102,11 +101,17 @@ Shape sequence_sizes(const Tensor& x, int64_t channels) {
 }
 
 void check(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W, const Tensor& U, const Tensor& C) {
+  STD_TORCH_CHECK(C.dim() >= 1, "convrnn::gru_rcn: expected C of shape (Oh, Oh, *k)");
   const int64_t channels = C.size(0);
+  for (const Tensor& weight : {W, U, C}) {
+    STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
+                    "convrnn::gru_rcn: expected W, U and C in the dtype of x");
+  }
   STD_TORCH_CHECK(x.dim() >= 4 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
                       W.size(0) == 3 * channels && W.size(1) == x.size(2) && U.size(0) == 2 * channels &&
                       U.size(1) == channels && C.size(1) == channels,
                   "convrnn::gru_rcn: expected x (B, T, Ox, *S), W (3*Oh, Ox, *k), U (2*Oh, Oh, *k), C (Oh, Oh, *k)");
+  check_state("convrnn::gru_rcn", h0);
   STD_TORCH_CHECK(!h0.has_value() || shape(*h0) == state_sizes(x, C),
                   "convrnn::gru_rcn: expected h0 of shape (B, Oh, *S)");
 }
@@ -147,6 +152,8 @@ struct Product {
 std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W,
                                            const Tensor& U, const Tensor& C, const std::optional<Tensor>& bias) {
   check(x, h0, W, U, C);
+  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == x.scalar_type() && shape(*bias) == Shape{W.size(0)}),
+                  "convrnn::gru_rcn: expected bias of shape (3*Oh,) in the dtype of x");
   const int64_t batch = x.size(0), steps = x.size(1), channels = C.size(0);
   Tensor out_ = empty(x, sequence_sizes(x, channels));
   Tensor state = dense_state(h0, x, C, state_dtype(x));
@@ -154,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
   if (out_.numel() == 0) {
     return {out_, to_dtype(state, state_out), empty(x, sequence_sizes(x, 3 * channels))};
   }
-  const Tensor gates = torch::stable::view(convolve(frames(x), W, bias), sequence_sizes(x, 3 * channels));
+  const Tensor gates = dense(torch::stable::view(convolve(frames(x), W, bias), sequence_sizes(x, 3 * channels)));
   const Shape sizes = state_sizes(x, C);
   const int64_t n = numel(sizes, 1);
   Shape packed = sizes;
@@ -206,10 +213,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
                                               shape(*sequence) == sequence_sizes(x, channels)),
                     "convrnn::gru_rcn_backward: expected dout and out as gru_rcn returns out");
   }
+  check_state("convrnn::gru_rcn_backward", dh_n);
   STD_TORCH_CHECK(gates_.scalar_type() == x.scalar_type() && shape(gates_) == sequence_sizes(x, 3 * channels) &&
                       (!dh_n.has_value() || shape(*dh_n) == state_sizes(x, C)) && output_mask.size() == 6,
                   "convrnn::gru_rcn_backward: expected gates and dh_n as gru_rcn returns them, and 6 flags");
   const ScalarType state_out = h0.has_value() ? h0->scalar_type() : x.scalar_type();
+  output_mask[1] = output_mask[1] && h0.has_value();
   Tensor dh = dense_state(dh_n, x, C, state_dtype(x));
   const auto wanted = [&](size_t i, auto gradient) { return output_mask[i] ? gradient() : nothing(x); };
   if (out_sequence.numel() == 0) {
@@ -275,9 +284,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
 
   Tensor da_frames = frames(da);
   const auto input = convolve_backward(da_frames, frames(x), W, output_mask[0], output_mask[2], output_mask[5]);
-  return {wanted(0, [&] { return torch::stable::view(torch::stable::contiguous(input.dx), shape(x)); }),
+  return {wanted(0, [&] { return dense(torch::stable::view(torch::stable::contiguous(input.dx), shape(x))); }),
           wanted(1, [&] { return to_dtype(dh, state_out); }),
-          wanted(2, [&] { return torch::stable::contiguous(input.dweight); }),
+          wanted(2, [&] { return dense(input.dweight); }),
           wanted(3, [&] { return weight_gradient(torch::stable::narrow(da_frames, 1, 0, 2 * channels), frames(before), U); }),
           wanted(4, [&] {
             return weight_gradient(torch::stable::narrow(da_frames, 1, 2 * channels, channels), frames(rh), C);

@@ -73,21 +73,24 @@ CONVRNN_INLINE double log_(double x) {
   return std::log(x);
 }
 
-// sigmoid(x) and 1 - sigmoid(x), both to full relative accuracy.
+// sigmoid(-|x|), the smaller of sigmoid(x) and 1 - sigmoid(x), to full relative accuracy and without overflow.
+template <class A>
+CONVRNN_INLINE A sigmoid_tail(A x) {
+  const A e = exp_(-std::fabs(x));
+  return e / (A(1) + e);
+}
+
+// sigmoid(x) and 1 - sigmoid(x).
 template <class A>
 CONVRNN_INLINE A sigmoid(A x, A& complement) {
-  const A e = exp_(-x);
-  const A s = A(1) / (A(1) + e);
-  complement = e * s;
-  return s;
-}
-CONVRNN_INLINE double sigmoid(double x, double& complement) {
-  complement = 1 / (1 + std::exp(x));  // e^-x may overflow in fp64, where exp_ does not clamp
-  return 1 / (1 + std::exp(-x));
+  const A tail = sigmoid_tail(x);
+  complement = x >= A(0) ? tail : A(1) - tail;
+  return x >= A(0) ? A(1) - tail : tail;
 }
 template <class A>
 CONVRNN_INLINE A sigmoid(A x) {
-  return A(1) / (A(1) + exp_(-x));
+  const A tail = sigmoid_tail(x);
+  return x >= A(0) ? A(1) - tail : tail;
 }
 
 // tanh x = (1 - e) / (1 + e) with e = e^(-2|x|); below 1/4, where 1 - e cancels, the odd Taylor polynomial.
@@ -110,15 +113,14 @@ CONVRNN_INLINE double tanh_(double x) {
 // minGRU's candidate g(x) = x + 1/2 for x >= 0, sigmoid(x) otherwise, and its derivative.
 template <class A>
 CONVRNN_INLINE A g(A x) {
-  const A s = sigmoid(x);
-  return x >= A(0) ? x + A(0.5) : s;
+  const A tail = sigmoid_tail(x);
+  return x >= A(0) ? x + A(0.5) : tail;
 }
 template <class A>
 CONVRNN_INLINE A g(A x, A& derivative) {
-  A complement;
-  const A s = sigmoid(x, complement);
-  derivative = x >= A(0) ? A(1) : s * complement;
-  return x >= A(0) ? x + A(0.5) : s;
+  const A tail = sigmoid_tail(x);
+  derivative = x >= A(0) ? A(1) : tail * (A(1) - tail);
+  return x >= A(0) ? x + A(0.5) : tail;
 }
 
 }  // namespace convrnn

@@ -75,7 +75,11 @@ struct Forward {
         A* s = state + j * n;
         CONVRNN_LANES
         for (int64_t i = 0; i < n; ++i) {
-          const A v = s[i] + sigmoid(A(z[i])) * (g(A(x[i])) - s[i]);
+          // from the nearer end: z (g - h) where z is small, 1 - z times (h - g) where it is not
+          const A gate = A(z[i]), candidate = g(A(x[i]));
+          const A nearer = gate >= A(0) ? candidate : s[i];
+          const A other = gate >= A(0) ? s[i] : candidate;
+          const A v = nearer + sigmoid_tail(gate) * (other - nearer);
           s[i] = v;
           out[i] = static_cast<T>(v);
         }
@@ -156,6 +160,7 @@ Shape sequence_sizes(const Tensor& gate_hidden) {
 void check(const Tensor& gate_hidden, const std::optional<Tensor>& h0) {
   STD_TORCH_CHECK(gate_hidden.dim() >= 3 && gate_hidden.size(2) % 2 == 0,
                   "convrnn::mingru: expected gate_hidden of shape (B, T, 2*C, *S)");
+  check_state("convrnn::mingru", h0);
   if (h0.has_value()) {
     STD_TORCH_CHECK(shape(*h0) == state_sizes(gate_hidden), "convrnn::mingru: expected h0 of shape (B, C, *S)");
   }
@@ -199,6 +204,7 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
                                               shape(*sequence) == sequence_sizes(gate_hidden)),
                     "convrnn::mingru_backward: expected dh and h in the shape and dtype of h");
   }
+  check_state("convrnn::mingru_backward", dh_n);
   STD_TORCH_CHECK(!dh_n.has_value() || shape(*dh_n) == state_sizes(gate_hidden),
                   "convrnn::mingru_backward: expected dh_n of shape (B, C, *S)");
   const bool channels_last = is_channels_last(gate_hidden, 2);

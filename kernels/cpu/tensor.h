@@ -15,16 +15,31 @@
 #include <string>
 #include <vector>
 
+#include "isa.h"
+
+// Not in the ABI of the floor: absent (null) in an older LibTorch.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace convrnn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
+// Calls an op; its error keeps its text where LibTorch hands that out (from 2.13 on).
+template <size_t N>
+void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
+  if (torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    const char* what =
+        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "no details";
+    STD_TORCH_CHECK(false, "convrnn: ", op, " failed: ", what);
+  }
+}
+
 template <class... Args>
 Tensor call(const char* op, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher(op, stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -57,6 +72,7 @@ inline Tensor to_dtype(const Tensor& x, ScalarType dtype) {
 // Calls f(T{}) with the element type of x.
 template <class F>
 void dispatch_dtype(const char* op, const Tensor& x, F f) {
+  isa();  // a wrong CONVRNN_ISA is reported here, where its text is not lost, and not from a parallel region
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return f(float{});
@@ -68,6 +84,13 @@ void dispatch_dtype(const char* op, const Tensor& x, F f) {
       return f(c10::Half{});
     default:
       STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// A state comes in any of the four dtypes.
+inline void check_state(const char* op, const std::optional<Tensor>& h) {
+  if (h.has_value()) {
+    dispatch_dtype(op, *h, [](auto) {});
   }
 }
 
@@ -104,9 +127,8 @@ inline bool is_channels_last(const Tensor& x, int64_t channel_dim) {
   return !has_layout(x, channel_dim, false) && has_layout(x, channel_dim, true);
 }
 
-// An uninitialised gap-free tensor on the device of `like`, its frames in the given layout.
-inline Tensor empty(const Tensor& like, const Shape& sizes, ScalarType dtype, int64_t channel_dim = 0,
-                    bool channels_last = false) {
+// Row-major strides, the channels fastest among the frame's dimensions if they are last.
+inline Shape dense_strides(const Shape& sizes, int64_t channel_dim = 0, bool channels_last = false) {
   Shape strides(sizes.size(), 1);
   int64_t step = 1;
   const auto visit = [&](size_t d) {
@@ -122,7 +144,19 @@ inline Tensor empty(const Tensor& like, const Shape& sizes, ScalarType dtype, in
       visit(d);
     }
   }
-  return call("aten::new_empty_strided", like, sizes, strides, std::optional<ScalarType>(dtype), std::nullopt,
+  return strides;
+}
+
+// x contiguous, with row-major strides also where a dimension of size 1 leaves them open, as the fakes have it.
+inline Tensor dense(const Tensor& x) {
+  const Tensor y = torch::stable::contiguous(x);
+  return call("aten::as_strided", y, shape(y), dense_strides(shape(y)), std::nullopt);
+}
+
+// An uninitialised gap-free tensor on the device of `like`, its frames in the given layout.
+inline Tensor empty(const Tensor& like, const Shape& sizes, ScalarType dtype, int64_t channel_dim = 0,
+                    bool channels_last = false) {
+  return call("aten::new_empty_strided", like, sizes, dense_strides(sizes, channel_dim, channels_last), std::optional<ScalarType>(dtype), std::nullopt,
               std::nullopt, std::nullopt);
 }
 

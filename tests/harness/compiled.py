@@ -1,8 +1,8 @@
 """Compile every Triton launch of a call for one GPU architecture, on a machine that has none, and read the result.
 
->>> with compiling(90) as launches:  # doctest: +SKIP
-...     mingru_fwd(torch.empty(2, 8, 64))
->>> launches[0].registers, launches[0].spills  # doctest: +SKIP
+    with compiling(90) as launches:
+        mingru_fwd(torch.empty(2, 8, 64))
+    assert launches[0].spills == 0
 
 Inside the context the project's own launchers run on CPU tensors; Triton derives the specialisation of each launch from
 its true arguments (alignment, None) and compiles it, and nothing is executed: outputs keep whatever they held.

@@ -1,7 +1,7 @@
 """Run Triton kernels in the interpreter and fail on what it would let pass.
 
->>> with guarded(seed=0):  # doctest: +SKIP
-...     h, h_n = mingru_fwd(gate_hidden)
+    with guarded(seed=0):
+        h, h_n = mingru_fwd(gate_hidden)
 
 Needs a process that set ``TRITON_INTERPRET=1`` before Triton was imported. Inside the context
 

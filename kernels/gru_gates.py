@@ -11,13 +11,12 @@ Moved, in elements per lane: gates 5 reads, 3 writes; update 4 and 2; backward 6
 z, r, c and h, the activations themselves: s' = s (1 - s), tanh' = 1 - c^2. Nothing is recomputed.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .layout import frame_numel, has_layout
-from .math import NUM_WARPS, THREADS, acc_dtype, jit_kernel, program_lanes, sigmoid, stride, tanh, vector_width
+from .math import jit_kernel, launch, program_lanes, sigmoid, stride, tanh
 
 
 @jit_kernel
@@ -163,23 +162,11 @@ def gru_update_bwd_kernel(
     tl.store(dh + sample * (dh_stride * VEC) + lane, grad_h * (1 - update), mask)
 
 
-def launch(kernel, like: Tensor, *operands: Tensor | None) -> None:
-    """Run an elementwise kernel over the lanes of ``like`` (B, C, *S): the operands, then the sizes that it takes."""
+def launch_step(kernel: triton.JITFunction, like: Tensor, *operands: Tensor | None) -> None:
+    """Run an elementwise kernel over the lanes of ``like`` (B, C, *S); the batch strides of the operands are free."""
     lanes = frame_numel(like, 1)
-    if like.shape[0] * lanes == 0:
-        return
-    extents = (lanes, *(0 if x is None else stride(x, 0) for x in operands))
-    vec = vector_width(like, operands, extents)
-    block = THREADS * vec
-    with torch.cuda.device_of(like):
-        kernel[(like.shape[0] * triton.cdiv(lanes, block),)](
-            *operands,
-            *(extent // vec for extent in extents),
-            VEC=vec,
-            BLOCK=block,
-            ACC=acc_dtype(like),
-            num_warps=NUM_WARPS,
-        )
+    if like.shape[0] * lanes > 0:
+        launch(kernel, like, operands, lanes, [0 if x is None else stride(x, 0) for x in operands])
 
 
 def _dense_frames(x: Tensor) -> Tensor:
@@ -201,7 +188,7 @@ def gru_gates_fwd(
         z, r, rh (B, C, *S) in xp's dtype, contiguous unless given.
     """
     z, r, rh = (xp.new_empty(h.shape) for _ in range(3)) if out is None else out
-    launch(gru_gates_fwd_kernel, z, _dense_frames(xp), _dense_frames(hp), _dense_frames(h), z, r, rh)
+    launch_step(gru_gates_fwd_kernel, z, _dense_frames(xp), _dense_frames(hp), _dense_frames(h), z, r, rh)
     return z, r, rh
 
 
@@ -228,7 +215,7 @@ def gru_update_fwd(
     """
     c, h_next, rounded = (xc.new_empty(xc.shape), h.new_empty(h.shape), None) if out is None else out
     inputs = [_dense_frames(x) for x in (xc, hc, z, h)]
-    launch(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame)
+    launch_step(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame)
     return c, h_next
 
 
@@ -240,7 +227,7 @@ def gru_gates_bwd(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: 
     """
     da = z.new_empty((z.shape[0], 2 * z.shape[1], *z.shape[2:]))
     dh = h.new_empty(h.shape)
-    launch(gru_gates_bwd_kernel, z, *(_dense_frames(x) for x in (dz, dr, drh, z, r, h)), da, dh)
+    launch_step(gru_gates_bwd_kernel, z, *(_dense_frames(x) for x in (dz, dr, drh, z, r, h)), da, dh)
     return da, dh
 
 
@@ -251,5 +238,5 @@ def gru_update_bwd(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor)
         da in z's dtype, the gradient of xc and of hc, dz in z's dtype, and dh in h's dtype, all contiguous.
     """
     da, dz, dh = z.new_empty(z.shape), z.new_empty(z.shape), h.new_empty(h.shape)
-    launch(gru_update_bwd_kernel, z, *(_dense_frames(x) for x in (dc, dh_next, z, c, h)), da, dz, dh)
+    launch_step(gru_update_bwd_kernel, z, *(_dense_frames(x) for x in (dc, dh_next, z, c, h)), da, dz, dh)
     return da, dz, dh

@@ -18,7 +18,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .gru_gates import gru_gates_fwd, gru_update_fwd, launch
+from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
 from .layout import dense
 from .math import acc_dtype, jit_kernel, program_lanes
 
@@ -250,12 +250,12 @@ def _walk_back(
         dz, dr, dc = da[:, t].chunk(3, dim=1)
         h_prev = out[:, t - 1] if t > 0 else first
         dout_t = None if dout is None else dout[:, t]
-        launch(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame)
+        launch_step(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame)
         if t == 0 and h0 is None:
             dr.zero_()  # r acted on a zero state
             break
         drh = _conv(dc_frame, C, transposed=True)
-        launch(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame)
+        launch_step(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame)
         if t > 0 or wants_h0:
             conv = _conv(dzr_frame, U, transposed=True)
     return dh if conv is None else dh.add_(conv)

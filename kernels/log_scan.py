@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import frame_numel, has_layout
-from .math import NUM_WARPS, THREADS, acc_dtype, jit_kernel, program_lanes, sigmoid_tail, stride, vector_width
+from .math import jit_kernel, launch, program_lanes, sigmoid_tail, stride
 
 FORWARD_STEPS = 4
 BACKWARD_STEPS = 2
@@ -230,23 +230,10 @@ def log_scan_fwd(log_a: Tensor, log_b: Tensor) -> Tensor:
     if log_x.numel() == 0:
         return log_x
 
-    batch, steps, lanes = log_a.shape[0], log_a.shape[1], frame_numel(log_b, 2)
-    extents = (lanes, stride(log_a, 0), stride(log_a, 1), stride(log_b, 0), stride(log_b, 1))
-    tensors = (log_a, log_b, log_x)
-    # the widest tensor's: one vector a thread, no exchange between threads
-    vec = vector_width(log_x, tensors, extents)
-    block = THREADS * vec
-    with torch.cuda.device_of(log_b):
-        log_scan_fwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            *tensors,
-            steps,
-            *(extent // vec for extent in extents),
-            VEC=vec,
-            BLOCK=block,
-            U=FORWARD_STEPS,
-            ACC=acc_dtype(log_a, log_b),
-            num_warps=NUM_WARPS,
-        )
+    # log x is the widest tensor: one vector of it a thread needs no exchange between threads
+    strides = (stride(log_a, 0), stride(log_a, 1), stride(log_b, 0), stride(log_b, 1))
+    operands = (log_a, log_b, log_x)
+    launch(log_scan_fwd_kernel, log_x, operands, frame_numel(log_b, 2), strides, (log_a.shape[1],), U=FORWARD_STEPS)
     return log_x
 
 
@@ -268,20 +255,7 @@ def log_scan_bwd(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor) ->
 
     inputs = [_dense_frames(x) for x in (dlog_x, log_a, log_b, log_x)]
     dlog_x, log_a, log_b, log_x = inputs
-    batch, steps, lanes = log_a.shape[0], log_a.shape[1], frame_numel(log_b, 2)
-    extents = (lanes, *(stride(x, dim) for x in (log_a, log_b, log_x, dlog_x) for dim in (0, 1)))
-    tensors = (*inputs, dlog_a, dlog_b)
-    vec = vector_width(log_x, tensors, extents)
-    block = THREADS * vec
-    with torch.cuda.device_of(log_b):
-        log_scan_bwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            *tensors,
-            steps,
-            *(extent // vec for extent in extents),
-            VEC=vec,
-            BLOCK=block,
-            U=BACKWARD_STEPS,
-            ACC=acc_dtype(log_a, log_b),
-            num_warps=NUM_WARPS,
-        )
+    strides = [stride(x, dim) for x in (log_a, log_b, log_x, dlog_x) for dim in (0, 1)]
+    operands = (*inputs, dlog_a, dlog_b)
+    launch(log_scan_bwd_kernel, log_x, operands, frame_numel(log_b, 2), strides, (log_a.shape[1],), U=BACKWARD_STEPS)
     return dlog_a, dlog_b

@@ -6,7 +6,7 @@ Functions here take and return float32 (float64 for float64 tensors); kernels co
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import triton
@@ -69,9 +69,39 @@ def program_lanes(lanes, BLOCK: tl.constexpr):
     return sample, lane, lane < lanes
 
 
-def acc_dtype(*tensors: Tensor) -> tl.dtype:
-    """The dtype of state and arithmetic: float64 where any operand is float64, else float32."""
-    return tl.float64 if any(x.dtype == torch.float64 for x in tensors) else tl.float32
+def acc_dtype(x: Tensor) -> tl.dtype:
+    """The dtype of state and arithmetic: float64 for float64, else float32."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def launch(
+    kernel: triton.JITFunction,
+    like: Tensor,
+    operands: Sequence[Tensor | None],
+    lanes: int,
+    strides: Sequence[int],
+    steps: tuple[int, ...] = (),
+    **constexprs: object,
+) -> None:
+    """Run ``kernel`` with a program for each block of lanes of each sample of ``like`` (B, ...).
+
+    Kernels take their operands, T if they walk over time, the lanes of a sample and the strides, and VEC, BLOCK and ACC
+    among their constexprs. A program covers one vector of ``like``'s dtype per thread: with more, unaligned shapes hold
+    their addresses one by one and spill.
+    """
+    vec = vector_width(like, operands, (lanes, *strides))
+    block = THREADS * vec
+    with torch.cuda.device_of(like):
+        kernel[(like.shape[0] * triton.cdiv(lanes, block),)](
+            *operands,
+            *steps,
+            *(extent // vec for extent in (lanes, *strides)),
+            VEC=vec,
+            BLOCK=block,
+            ACC=acc_dtype(like),
+            num_warps=NUM_WARPS,
+            **constexprs,
+        )
 
 
 def vector_width(like: Tensor, operands: Iterable[Tensor | None], extents: Iterable[int]) -> int:
@@ -79,8 +109,7 @@ def vector_width(like: Tensor, operands: Iterable[Tensor | None], extents: Itera
     size; 1 where an operand's address is no multiple of 16 bytes, which is all that Triton learns about addresses.
 
     Kernels take strides and sizes divided by it and multiply again, which is what tells the compiler about alignment;
-    a hint on the value (``tl.multiple_of``) does not, and Triton by itself only sees multiples of 16. A program covers
-    one such vector per thread: with more, unaligned shapes hold their addresses one by one and spill.
+    a hint on the value (``tl.multiple_of``) does not, and Triton by itself only sees multiples of 16.
     """
     if any(x.data_ptr() % VECTOR_BYTES for x in operands if x is not None):
         return 1

@@ -17,13 +17,12 @@ Moved, in elements per lane and step: forward reads gate, hidden, writes h (3); 
 writes dgate, dhidden (6). Saved for backward: gate_hidden and h; z and g are recomputed.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .layout import empty, frame_numel, is_channels_last, to_layout
-from .math import NUM_WARPS, THREADS, acc_dtype, jit_kernel, program_lanes, sigmoid_tail, stride, vector_width
+from .math import jit_kernel, launch, program_lanes, sigmoid_tail, stride
 
 # Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
 FORWARD_STEPS = 4
@@ -206,10 +205,10 @@ def mingru_bwd_kernel(
         tl.store(dh0 + sample * lanes + lane, grad, mask)
 
 
-def _extents(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:
-    """The sizes and strides, in elements, that both kernels take in the order of their parameters."""
+def _strides(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:
+    """Lanes of half a run and the strides, in elements, that both kernels take in the order of their parameters."""
     half = gate_hidden.shape[2] // 2 if channels_last else lanes
-    return lanes, half, stride(gate_hidden, 0), stride(gate_hidden, 1), 0 if h0 is None else stride(h0, 0)
+    return half, stride(gate_hidden, 0), stride(gate_hidden, 1), 0 if h0 is None else stride(h0, 0)
 
 
 def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -234,22 +233,16 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
         return h, h_n
 
     lanes = frame_numel(h_n, 1)
-    extents = _extents(gate_hidden, h0, lanes, channels_last)
-    tensors = (gate_hidden, h0, h, h_n)
-    vec = vector_width(gate_hidden, tensors, extents)
-    block = THREADS * vec
-    with torch.cuda.device_of(gate_hidden):
-        mingru_fwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            *tensors,
-            steps,
-            *(extent // vec for extent in extents),
-            CHANNELS_LAST=channels_last,
-            VEC=vec,
-            BLOCK=block,
-            U=FORWARD_STEPS,
-            ACC=acc_dtype(gate_hidden),
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        mingru_fwd_kernel,
+        gate_hidden,
+        (gate_hidden, h0, h, h_n),
+        lanes,
+        _strides(gate_hidden, h0, lanes, channels_last),
+        (steps,),
+        CHANNELS_LAST=channels_last,
+        U=FORWARD_STEPS,
+    )
     return h, h_n
 
 
@@ -281,27 +274,21 @@ def mingru_bwd(
     if dgate_hidden.numel() == 0:  # without a step the state passes through
         return dgate_hidden, dh0.zero_() if dh_n is None or h0 is None else dh0.copy_(dh_n)
 
-    batch, steps = gate_hidden.shape[:2]
     lanes = frame_numel(h, 2)
-    extents = (
-        *_extents(gate_hidden, h0, lanes, channels_last),
+    strides = (
+        *_strides(gate_hidden, h0, lanes, channels_last),
         *(stride(h, 0), stride(h, 1)),
         *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
         0 if dh_n is None else stride(dh_n, 0),
     )
-    tensors = (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0)
-    vec = vector_width(gate_hidden, tensors, extents)
-    block = THREADS * vec
-    with torch.cuda.device_of(gate_hidden):
-        mingru_bwd_kernel[(batch * triton.cdiv(lanes, block),)](
-            *tensors,
-            steps,
-            *(extent // vec for extent in extents),
-            CHANNELS_LAST=channels_last,
-            VEC=vec,
-            BLOCK=block,
-            U=BACKWARD_STEPS,
-            ACC=acc_dtype(gate_hidden),
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        mingru_bwd_kernel,
+        gate_hidden,
+        (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0),
+        lanes,
+        strides,
+        (gate_hidden.shape[1],),
+        CHANNELS_LAST=channels_last,
+        U=BACKWARD_STEPS,
+    )
     return dgate_hidden, dh0

@@ -6,14 +6,14 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define CONVRNN_X86 1
-#define CONVRNN_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define CONVRNN_AVX2 __attribute__((target("avx2,fma")))
 #ifdef __clang__
 #define CONVRNN_VECTOR_WIDTH ""
 #else
 #define CONVRNN_VECTOR_WIDTH ",prefer-vector-width=512"  // else GCC stops at 256 bits
 #endif
 #define CONVRNN_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" CONVRNN_VECTOR_WIDTH)))
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" CONVRNN_VECTOR_WIDTH)))
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)

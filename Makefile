@@ -11,14 +11,15 @@ CONFIG  := $(VENV)/.config
 LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu bench lint wheel clean FORCE
+.PHONY: setup demo test test-gpu bench lint wheel clean
 
 setup: $(LIBRARY)
 
 # What the environment was made for: made anew where TORCH or TRITON say otherwise, built anew where DEBUG does.
-$(CONFIG): FORCE
-	@mkdir -p $(VENV)
-	@echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" | cmp -s - $@ || echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" > $@
+ifneq ($(MAKECMDGOALS),clean)
+$(shell mkdir -p $(VENV); echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" | cmp -s - $(CONFIG) \
+  || echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" > $(CONFIG))
+endif
 
 $(VENV)/.installed: $(CONFIG) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

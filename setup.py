@@ -38,6 +38,7 @@ library = CppExtension(
         "-fno-math-errno",
         "-fno-trapping-math",
     ]
+    + [f"-ffile-prefix-map={Path.cwd()}/="]  # errors name files of the project, not of the machine that built it
     + (["-O0", "-g"] if debug else ["-O3", "-g0"]),
     depends=sorted(str(header) for header in Path("kernels/cpu").glob("*.h")),
     py_limited_api=True,

@@ -66,7 +66,8 @@ def to_layout(x: Tensor, channel_dim: int, channels_last: bool) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     """``x`` contiguous, with row-major strides also where a dimension of size 1 leaves them open, as the fakes have it."""
-    return x.contiguous().as_strided(x.shape, dense_strides(x.shape, 0, channels_last=False))
+    x, strides = x.contiguous(), dense_strides(x.shape, 0, channels_last=False)
+    return x if list(x.stride()) == strides else x.as_strided(x.shape, strides)
 
 
 def frame_numel(x: Tensor, channel_dim: int) -> int:

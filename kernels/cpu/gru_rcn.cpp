@@ -107,7 +107,7 @@ void check(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W, co
     STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
                     "convrnn::gru_rcn: expected W, U and C in the dtype of x");
   }
-  STD_TORCH_CHECK(x.dim() >= 4 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
+  STD_TORCH_CHECK(x.dim() >= 4 && x.size(2) > 0 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
                       W.size(0) == 3 * channels && W.size(1) == x.size(2) && U.size(0) == 2 * channels &&
                       U.size(1) == channels && C.size(1) == channels,
                   "convrnn::gru_rcn: expected x (B, T, Ox, *S), W (3*Oh, Ox, *k), U (2*Oh, Oh, *k), C (Oh, Oh, *k)");

@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -150,7 +151,12 @@ inline Shape dense_strides(const Shape& sizes, int64_t channel_dim = 0, bool cha
 // x contiguous, with row-major strides also where a dimension of size 1 leaves them open, as the fakes have it.
 inline Tensor dense(const Tensor& x) {
   const Tensor y = torch::stable::contiguous(x);
-  return call("aten::as_strided", y, shape(y), dense_strides(shape(y)), std::nullopt);
+  const Shape strides = dense_strides(shape(y));
+  const auto given = y.strides();
+  if (std::equal(strides.begin(), strides.end(), given.begin())) {
+    return y;  // and no view of anything
+  }
+  return call("aten::as_strided", y, shape(y), strides, std::nullopt);
 }
 
 // An uninitialised gap-free tensor on the device of `like`, its frames in the given layout.

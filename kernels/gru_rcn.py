@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
-from .layout import dense
-from .math import acc_dtype, jit_kernel, program_lanes
+from .layout import dense, state_dtype
+from .math import jit_kernel, program_lanes
 
 
 @jit_kernel
@@ -102,10 +102,6 @@ def gru_rcn_bwd_reset_kernel(
     tl.store(dr_frame + sample * (dr_frame_stride * VEC) + lane, grad_r, mask)
 
 
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if acc_dtype(x) == tl.float64 else torch.float32
-
-
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
@@ -154,9 +150,9 @@ def gru_rcn_fwd(
     out = x.new_empty((batch, steps, features, *space))
     state_shape = (batch, features, *space)
     if h0 is None:
-        state = x.new_zeros(state_shape, dtype=_state_dtype(x))
+        state = x.new_zeros(state_shape, dtype=state_dtype(x))
     else:
-        state = h0.to(_state_dtype(x), copy=True, memory_format=torch.contiguous_format)
+        state = h0.to(state_dtype(x), copy=True, memory_format=torch.contiguous_format)
     dtype = x.dtype if h0 is None else h0.dtype
     if out.numel() == 0:
         return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
@@ -206,9 +202,9 @@ def gru_rcn_bwd(
     out, gates = out.contiguous(), gates.contiguous()
     state_shape = (out.shape[0], *out.shape[2:])
     if dh_n is None:
-        dh = x.new_zeros(state_shape, dtype=_state_dtype(x))
+        dh = x.new_zeros(state_shape, dtype=state_dtype(x))
     else:
-        dh = dh_n.to(_state_dtype(x), copy=True, memory_format=torch.contiguous_format)
+        dh = dh_n.to(state_dtype(x), copy=True, memory_format=torch.contiguous_format)
     grads: list[Tensor | None]
     if out.numel() == 0:  # no frame, or none with a pixel and a channel: the state passes through
         grads = [torch.zeros_like(x), dh, torch.zeros_like(W), torch.zeros_like(U), torch.zeros_like(C)]

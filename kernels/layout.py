@@ -1,4 +1,4 @@
-"""Memory layouts that the kernels read and write without a copy.
+"""Memory layouts that the kernels read and write without a copy, and the dtype of their states.
 
 A sequence is a tensor ``(B, T, C, *S)``. Its batch and time strides are free; its frames ``(C, *S)`` are either
 *channels first* (row-major) or *channels last* (the channel varies fastest). Every other tensor is copied to
@@ -68,6 +68,11 @@ def dense(x: Tensor) -> Tensor:
     """``x`` contiguous, with row-major strides also where a dimension of size 1 leaves them open, as the fakes have it."""
     x, strides = x.contiguous(), dense_strides(x.shape, 0, channels_last=False)
     return x if list(x.stride()) == strides else x.as_strided(x.shape, strides)
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and arithmetic beside ``x``: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def frame_numel(x: Tensor, channel_dim: int) -> int:

@@ -21,12 +21,11 @@ a share of |log x|. Moved, in elements per lane and step: forward 3, backward 6
 (reads log a, log b, log x, dlog x; writes dlog a, dlog b). Saved: log a, log b, log x; p and q are recomputed.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import frame_numel, has_layout
+from .layout import frame_numel, has_layout, state_dtype
 from .math import jit_kernel, launch, program_lanes, sigmoid_tail, stride
 
 FORWARD_STEPS = 4
@@ -226,7 +225,7 @@ def log_scan_fwd(log_a: Tensor, log_b: Tensor) -> Tensor:
         log x (B, T + 1, *S), contiguous, float32 (float64 for float64).
     """
     log_a, log_b = _dense_frames(log_a), _dense_frames(log_b)
-    log_x = log_b.new_empty(log_b.shape, dtype=torch.float64 if log_b.dtype == torch.float64 else torch.float32)
+    log_x = log_b.new_empty(log_b.shape, dtype=state_dtype(log_b))
     if log_x.numel() == 0:
         return log_x
 

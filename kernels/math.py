@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import state_dtype
+
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16
@@ -70,8 +72,8 @@ def program_lanes(lanes, BLOCK: tl.constexpr):
 
 
 def acc_dtype(x: Tensor) -> tl.dtype:
-    """The dtype of state and arithmetic: float64 for float64, else float32."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+    """Triton's name of the dtype of states and arithmetic."""
+    return tl.float64 if state_dtype(x) == torch.float64 else tl.float32
 
 
 def launch(

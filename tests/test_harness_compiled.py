@@ -5,8 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import convrnn  # noqa: F401  before triton: see CONVRNN_BACKEND
-
 triton = pytest.importorskip("triton")
 tl = triton.language
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-import convrnn  # noqa: F401  before triton: see CONVRNN_BACKEND
-
 triton = pytest.importorskip("triton")
 tl = triton.language
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import convrnn  # noqa: F401  before triton: see CONVRNN_BACKEND
-
 triton = pytest.importorskip("triton")
 
 from convrnn.kernels import gru_gates, gru_rcn, log_scan, mingru

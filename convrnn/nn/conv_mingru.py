@@ -21,7 +21,7 @@ def state_shapes(
     """Returns (hidden_i, H_i, W_i) of each layer for an input of ``size`` (H, W)."""
     shapes: list[list[int]] = []
     height, width = size[0], size[1]
-    for hidden, kernel, stride, padding in zip(hidden_sizes, kernel_sizes, strides, paddings):  # noqa: B905
+    for hidden, kernel, stride, padding in zip(hidden_sizes, kernel_sizes, strides, paddings):  # noqa: B905  TorchScript's zip takes no strict
         if height + 2 * padding[0] < kernel[0] or width + 2 * padding[1] < kernel[1]:
             raise ValueError(f"x is too small: a kernel of {kernel} with padding {padding} meets {height} x {width}")
         height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1

@@ -49,9 +49,13 @@ def gru_rcn(
     _check_shapes(x, h0, W, U, C, bias)
     if not torch.jit.is_scripting():  # which knows no autocast by device; there the op finds the wrong dtype
         device_type = x.device.type
-        if torch.compiler.is_compiling():
-            pass  # the fake kernel checks, behind autocast
-        elif not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        checked_later = (
+            torch.compiler.is_compiling()
+            or (  # a compiled graph checks in the fake kernel, behind autocast
+                torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+            )
+        )
+        if not checked_later:
             _check_dtypes(x, W, U, C, bias)
     out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, _odd(W), _odd(U), _odd(C), bias)
     return out, h_n

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.layout import state_dtype
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_once_differentiable, register_triton
 
@@ -51,18 +52,14 @@ def _check_backward(dlog_x: Tensor, log_a: Tensor, log_b: Tensor, log_x: Tensor)
     for name, x in (("dlog_x", dlog_x), ("log_x", log_x)):
         check_same_device(name, x, "log_b", log_b)
         check_shape(name, x, "(B, T+1, *)", list(log_b.shape))
-        if x.dtype != _state_dtype(log_b):
-            raise TypeError(f"{name} must be {_state_dtype(log_b)} for log_b {log_b.dtype}, got {x.dtype}")
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        if x.dtype != state_dtype(log_b):
+            raise TypeError(f"{name} must be {state_dtype(log_b)} for log_b {log_b.dtype}, got {x.dtype}")
 
 
 @torch.library.register_fake("convrnn::log_scan")
 def _(log_a: Tensor, log_b: Tensor) -> Tensor:
     _check(log_a, log_b)
-    return log_b.new_empty(log_b.shape, dtype=_state_dtype(log_b))
+    return log_b.new_empty(log_b.shape, dtype=state_dtype(log_b))
 
 
 @torch.library.register_fake("convrnn::log_scan_backward")

@@ -162,8 +162,8 @@ inline Tensor dense(const Tensor& x) {
 // An uninitialised gap-free tensor on the device of `like`, its frames in the given layout.
 inline Tensor empty(const Tensor& like, const Shape& sizes, ScalarType dtype, int64_t channel_dim = 0,
                     bool channels_last = false) {
-  return call("aten::new_empty_strided", like, sizes, dense_strides(sizes, channel_dim, channels_last), std::optional<ScalarType>(dtype), std::nullopt,
-              std::nullopt, std::nullopt);
+  return call("aten::new_empty_strided", like, sizes, dense_strides(sizes, channel_dim, channels_last),
+              std::optional<ScalarType>(dtype), std::nullopt, std::nullopt, std::nullopt);
 }
 
 inline Tensor empty(const Tensor& like, const Shape& sizes) {

@@ -19,19 +19,22 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
     """h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t), z = sigmoid(gate); see :func:`convrnn.mingru`."""
     gate, hidden = gate_hidden.chunk(2, dim=2)
     h = torch.full_like(gate[:, 0], 0.5) if h0 is None else h0
+    # sigmoid(-gate) is 1 - z without its cancellation where z is close to 1; unbind, whose gradient is one tensor, keeps
+    # the backward linear in T
+    keep, new = torch.sigmoid(-gate).unbind(1), (torch.sigmoid(gate) * g(hidden)).unbind(1)
     out = []
-    for t in range(gate.shape[1]):
-        # sigmoid(-gate) is 1 - z without its cancellation where z is close to 1
-        h = torch.sigmoid(-gate[:, t]) * h + torch.sigmoid(gate[:, t]) * g(hidden[:, t])
+    for keep_t, new_t in zip(keep, new, strict=True):
+        h = keep_t * h + new_t
         out.append(h)
     return torch.stack(out, dim=1), h
 
 
 def log_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
     """log x of x_0 = b_0, x_t = a_t x_{t-1} + b_t, one logaddexp a step; see :func:`convrnn.parallel_scan_log`."""
-    log_x = [log_b[:, 0]]
-    for t in range(log_a.shape[1]):
-        log_x.append(torch.logaddexp(log_a[:, t] + log_x[-1], log_b[:, t + 1]))
+    first, *rest = log_b.unbind(1)
+    log_x = [first]
+    for log_a_t, log_b_t in zip(log_a.unbind(1), rest, strict=True):
+        log_x.append(torch.logaddexp(log_a_t + log_x[-1], log_b_t))
     return torch.stack(log_x, dim=1)
 
 

@@ -11,7 +11,7 @@ CONFIG  := $(VENV)/.config
 LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu bench lint wheel clean
+.PHONY: setup demo test test-gpu bench bench-compare lint wheel clean
 
 setup: $(LIBRARY)
 
@@ -28,7 +28,7 @@ $(VENV)/.installed: $(CONFIG) pyproject.toml
 	touch $@
 
 $(LIBRARY): $(VENV)/.installed setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[examples,lint,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[bench,examples,lint,test]"
 	touch $@
 
 demo: $(LIBRARY)
@@ -47,6 +47,11 @@ test-gpu: $(LIBRARY)
 
 bench: $(LIBRARY)
 	$(BIN)/python -m bench $(ARGS)
+
+# Times this checkout's kernels against those of BASE, a git ref or a JSON file of make bench; fails where one got slower.
+bench-compare: $(LIBRARY)
+	@test -n "$(BASE)" || { echo "make bench-compare needs BASE=<git ref, or JSON file of make bench>" >&2; exit 2; }
+	$(BIN)/python -m bench.compare "$(BASE)" $(ARGS)
 
 lint: $(LIBRARY)
 	$(BIN)/ruff check .

@@ -1,121 +1,90 @@
-"""What is measured: for each case its inputs, its truth, the providers that compute it, and the bytes it must move."""
+"""The list of cases: shapes from the re-created projects' documents, from video practice and from text."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import convrnn
-from convrnn import reference
+from .case import Case
+from .gru import gru_gates, gru_rcn, gru_rcn_module, gru_rcn_stream, gru_update
+from .scans import (
+    bidirectional_module,
+    cell_stream,
+    log_scan,
+    minconv_module,
+    mingru,
+    mingru_module,
+    mingru_stream,
+)
 
-Provider = Callable[..., Tensor]
-
-
-@dataclass
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        name: what the table calls it.
-        inputs: its arguments; all of them get gradients in the training measurement.
-        truth: the op in plain PyTorch, run in float64 to check the providers.
-        providers: the ways to compute it, by name; ``convrnn`` is ours.
-        floor_bytes: bytes that the forward must move, each input read and each output written once.
-    """
-
-    name: str
-    inputs: list[Tensor]
-    truth: Provider
-    providers: dict[str, Provider] = field(default_factory=dict)
-    floor_bytes: int = 0
+BF16 = torch.bfloat16
+PEERS = ("accelerated-scan", "minGRU-pytorch", "mingru-scans")  # the latter two are the log-space form: shown once
+STUDY = ("forward", "step")  # what a study of cost against one axis times
 
 
-def log_space_mingru(gate_hidden: Tensor) -> Tensor:
-    """minGRU as a cumulative sum and a logcumsumexp, the form its paper and other packages use."""
-    gate, hidden = gate_hidden.chunk(2, dim=2)
-    log_g = torch.where(hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden))
-    log_a = F.pad(-F.softplus(gate), (*[0, 0] * (gate.dim() - 2), 1, 0)).cumsum(1)
-    log_b = F.softplus(-gate).neg() + log_g
-    log_h0 = torch.full_like(log_b[:, :1], 0.5).log()
-    return (log_a + torch.logcumsumexp(torch.cat((log_h0, log_b), 1) - log_a, 1)).exp()[:, 1:]
+def all_cases() -> list[Case]:
+    """Every case, in the order of the table."""
+    return [*ops(), *modules(), *streaming(), *studies()]
 
 
-def hoisted_gru_rcn(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor) -> Tensor:
-    """GRU-RCN in plain PyTorch as an expert would write it: one input convolution for all frames, packed gates."""
-    projected = F.conv2d(x.flatten(0, 1), W, padding="same").unflatten(0, x.shape[:2])
-    channels = C.shape[0]
-    out = []
-    for t in range(x.shape[1]):
-        xzr, xc = projected[:, t].split([2 * channels, channels], 1)
-        z, r = torch.sigmoid(xzr + F.conv2d(h, U, padding="same")).chunk(2, 1)
-        h = torch.lerp(h, torch.tanh(xc + F.conv2d(r * h, C, padding="same")), z)
-        out.append(h)
-    return torch.stack(out, 1)
+def ops() -> Iterator[Case]:
+    yield mingru(16, 256, 512, compile=True, others=PEERS)
+    yield mingru(1, 4096, 256, others=PEERS[:1])
+    yield mingru(4, 4096, 256, others=PEERS[:1], exhaustive=True)
+    yield mingru(1, 65536, 64, others=PEERS[:1])
+    yield mingru(4, 10, 256, 14, 14)
+    yield mingru(16, 10, 256, 14, 14, exhaustive=True)
+    yield mingru(1, 16, 64, 56, 56)
+    yield mingru(4, 16, 64, 56, 56, exhaustive=True)
+    yield mingru(4, 64, 16, 7, 7)
+    yield mingru(16, 256, 512, dtype=BF16)
+    yield mingru(4, 10, 256, 14, 14, dtype=BF16)
+    yield log_scan(16, 256, 512)
+    yield log_scan(2, 64, 64, 14, 14)
+    yield gru_gates(16, 64, 28, 28)
+    yield gru_gates(16, 64, 28, 28, dtype=BF16)
+    yield gru_update(16, 64, 28, 28)
+    yield gru_rcn(16, 10, 5, 32, 8, 8, exhaustive=True)  # the layer below has this shape
+    yield gru_rcn(16, 10, 64, 64, 7, 7)
+    yield gru_rcn(2, 10, 64, 64, 28, 28)
+    yield gru_rcn(4, 10, 64, 64, 28, 28, exhaustive=True)
+    yield gru_rcn(1, 4, 256, 256, 14, 14)
+    yield gru_rcn(2, 10, 256, 256, 14, 14, exhaustive=True)
+    yield gru_rcn(1, 16, 3, 16, 64, 64)
+    yield gru_rcn(16, 2, 16, 32, 14, 14, compile=True)  # unrolled: every step costs seconds to compile
+    yield gru_rcn(2, 4, 5, 32, 8, 8, dtype=BF16)
 
 
-def six_convolutions(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor) -> Tensor:
-    """GRU-RCN as its paper writes it."""
-    (Wz, Wr, Wc), (Uz, Ur) = W.chunk(3), U.chunk(2)
-    out = []
-    for frame in x.unbind(1):
-        z = torch.sigmoid(F.conv2d(frame, Wz, padding="same") + F.conv2d(h, Uz, padding="same"))
-        r = torch.sigmoid(F.conv2d(frame, Wr, padding="same") + F.conv2d(h, Ur, padding="same"))
-        h = (1 - z) * h + z * torch.tanh(F.conv2d(frame, Wc, padding="same") + F.conv2d(r * h, C, padding="same"))
-        out.append(h)
-    return torch.stack(out, 1)
+def modules() -> Iterator[Case]:
+    yield gru_rcn_module(16, 10, 5, 32, 8, 8)
+    yield mingru_module(16, 256, 256)
+    yield mingru_module(1, 1024, 128)
+    yield mingru_module(1, 65536, 64, exhaustive=True)
+    yield mingru_module(16, 128, 128, layers=4, gru=False)
+    yield bidirectional_module(16, 128, 64)
+    yield minconv_module(5, 10, 3, 64, 64)
 
 
-def mingru_case(device: str, *shape: int) -> Case:
-    """minGRU at output shape (B, T, C, *S)."""
-    batch, steps, channels, *size = shape
-    gate_hidden = torch.randn(batch, steps, 2 * channels, *size, device=device)
-    return Case(
-        f"mingru {shape}",
-        [gate_hidden],
-        lambda gate_hidden: reference.mingru(gate_hidden)[0],
-        {"convrnn": lambda gate_hidden: convrnn.mingru(gate_hidden)[0], "log space": log_space_mingru},
-        floor_bytes=3 * gate_hidden.numel() // 2 * gate_hidden.element_size(),
-    )
+def streaming() -> Iterator[Case]:
+    yield mingru_stream(1, 1, 512)
+    yield mingru_stream(16, 1, 256, 14, 14)
+    yield cell_stream(1, 1, 512)
+    yield cell_stream(1, 1, 64, 28, 28)
+    yield gru_rcn_stream(1, 1, 64, 64, 28, 28)
+    yield gru_rcn_stream(1, 1, 5, 32, 8, 8)
 
 
-def gru_rcn_case(device: str, batch: int, steps: int, in_channels: int, channels: int, size: int) -> Case:
-    """GRU-RCN with 3x3 kernels over (B, T, Ox, size, size) frames."""
-
-    def randn(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, device=device) * scale
-
-    inputs = [
-        randn(batch, steps, in_channels, size, size),
-        randn(batch, channels, size, size),
-        randn(3 * channels, in_channels, 3, 3, scale=(9 * in_channels) ** -0.5),
-        randn(2 * channels, channels, 3, 3, scale=(9 * channels) ** -0.5),
-        randn(channels, channels, 3, 3, scale=(9 * channels) ** -0.5),
-    ]
-    return Case(
-        f"gru_rcn {(batch, steps, in_channels, channels, size, size)}",
-        inputs,
-        lambda *a: reference.gru_rcn(*a)[0],
-        {
-            "convrnn": lambda *a: convrnn.gru_rcn(*a)[0],
-            "hoisted": hoisted_gru_rcn,
-            "six convolutions": six_convolutions,
-        },
-        floor_bytes=4 * (inputs[0].numel() + batch * steps * channels * size**2),
-    )
-
-
-def all_cases(device: str) -> list[Case]:
-    """Shapes from the documents of the re-created projects, from video practice and from text."""
-    torch.manual_seed(0)
-    return [
-        mingru_case(device, 16, 256, 512),
-        mingru_case(device, 4, 4096, 256),
-        mingru_case(device, 16, 10, 256, 14, 14),
-        mingru_case(device, 4, 16, 64, 56, 56),
-        gru_rcn_case(device, 16, 10, 5, 32, 8),
-        gru_rcn_case(device, 16, 10, 64, 64, 7),
-        gru_rcn_case(device, 4, 10, 64, 64, 28),
-        gru_rcn_case(device, 1, 1, 64, 64, 28),
-    ]
+def studies() -> Iterator[Case]:
+    """Cost along one axis, all else fixed."""
+    for steps in (64, 256, 1024, 4096, 16384, 65536):
+        yield mingru(1, steps, 64, group="T", passes=STUDY, exhaustive=steps == 65536)
+    for size in (7, 14, 28, 56):
+        yield mingru(2, 8, 32, size, size, group="map", passes=STUDY)
+        yield gru_rcn(2, 8, 32, 32, size, size, group="map", passes=STUDY, exhaustive=size == 56)
+    for batch in (1, 2, 4, 8, 16, 32):
+        yield mingru(batch, 256, 256, group="B", passes=STUDY, exhaustive=True)
+        yield gru_rcn(batch, 8, 32, 32, 14, 14, group="B", passes=STUDY, exhaustive=True)
+    for channels in (8, 16, 32, 64, 128, 256):
+        yield mingru(4, 256, channels, group="C", passes=STUDY, exhaustive=True)
+        yield gru_rcn(4, 8, channels, channels, 14, 14, group="C", passes=STUDY, exhaustive=True)
+    for steps in (1, 2, 4, 8, 16, 32, 64):
+        yield gru_rcn(2, steps, 32, 32, 14, 14, group="T", passes=STUDY, exhaustive=True)

@@ -1,0 +1,107 @@
+"""The machine: what it is, and what it reaches at best, measured."""
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY_BYTES = 256 << 20  # past every cache
+
+
+def pin(threads: int) -> None:
+    """Uses so many threads, on as many processors, so that they are not moved about."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+
+
+def stamp(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to place a figure: machine, versions, commit, threads, date."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "isa": torch.ops.convrnn.cpu_isa().partition(":")[0],
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "convrnn": version("convrnn"),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    """Name, family and model, as Linux knows them: cloud machines hide the rest of the name."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    entries = [line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines()]
+    values = {key.strip(): value.strip() for key, _, value in entries}
+    name = values.get("model name", platform.machine())
+    return f"{name} (family {values['cpu family']}, model {values['model']})" if "cpu family" in values else name
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with + if files that it tracks were changed; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", "kernels", "convrnn", "bench/*.py", "setup.py"
+        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peaks(device: torch.device, dtypes: set[torch.dtype]) -> dict[str, float]:
+    """Copy bandwidth in GB/s, read and written, and for each dtype the GFLOP/s of the best library product found."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = {"copy": 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device) / 1e9}
+    for dtype in sorted(dtypes, key=str):
+        found[str(dtype).removeprefix("torch.")] = max(products(device, dtype))
+    return found
+
+
+def products(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """GFLOP/s of a matrix product and of a convolution that should run at the machine's peak."""
+    # Large enough for the peak; without hardware for it a CPU takes seconds for a large 16-bit product.
+    size = 4096 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
+    a = torch.randn(size, size, device=device).to(dtype)
+    x = torch.randn(8, 128, 28, 28, device=device).to(dtype)
+    weight = torch.randn(128, 128, 3, 3, device=device).to(dtype)
+    tasks: list[tuple[int, Callable[[], object]]] = [
+        (2 * size**3, lambda: a @ a),
+        (2 * x.numel() * 9 * 128, lambda: F.conv2d(x, weight, padding=1)),
+    ]
+    return [flop / seconds(task, device) / 1e9 for flop, task in tasks]
+
+
+@torch.inference_mode()
+def seconds(task: Callable[[], object], device: torch.device) -> float:
+    """The best of a few calls: a peak is what nothing disturbed."""
+    task()
+    timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.05).times)

@@ -1,0 +1,166 @@
+"""Writes the generated parts of README.md and bench/README.md from results files: ``python -m bench.readme``.
+
+A part stands between two comments, the first of which names its file; ``tests/test_bench_readme.py`` fails where a part and
+its file disagree.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+from .case import OURS
+from .gru import gru_rcn
+from .machine import ROOT
+from .report import ratio
+from .results import Results, Row, load
+from .scans import mingru
+
+# The forms of the two projects that convrnn re-creates.
+ORIGINAL = ("log space", "six convolutions")
+
+
+def machine(results: Results) -> str:
+    found = results.machine
+    return (
+        f"{found['device']}, {found['threads']} thread{'s' * (found['threads'] != 1)}, {found['isa']} kernels, torch "
+        f"{found['torch']}, commit {found['commit']}, {found['date']}. Measured peaks: copy {results.peaks['copy']:.0f} GB/s, "
+        f"float32 {results.peaks['float32']:.0f} GFLOP/s."
+    )
+
+
+def performance(results: Results) -> str:
+    """One line a case: times, and how many times the best baseline's time convrnn's is."""
+    lines = [
+        machine(results),
+        "",
+        "| case | forward or stream | backward | training step | best baseline | step over the original form | kept for backward, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = [row for row in results.rows if row.group in ("op", "module", "streaming")]
+    for case, group in groupby(rows, lambda row: row.case):
+        passes = list(group)
+        ours = {row.what: row for row in passes if row.provider == OURS}
+        last = list(ours.values())[-1]
+        rivals = [row for row in passes if row.what == last.what and OURS not in row.provider]
+        original = next((row for row in rivals if row.provider in ORIGINAL), None)
+        lines.append(
+            f"| {case} | {cell(ours.get('forward') or ours.get('stream'))} | {cell(ours.get('backward'))} "
+            f"| {cell(ours.get('step'))} | {min(rivals, key=lambda row: row.ms).provider if rivals else ''} "
+            f"| {ratio(original.ms / last.ms) + 'x' if original else ''} "
+            f"| {kept(last)}{' against ' + kept(original) if original and original.kept_bytes is not None else ''} |"
+        )
+    lost = [row for row in rows if row.provider == OURS and row.speedup is not None and row.speedup < 1]
+    lines += [
+        "",
+        f"Slower than the best baseline in {len(lost)} of {sum(row.provider == OURS for row in rows)} measurements.",
+    ]
+    return "\n".join(lines)
+
+
+def cell(row: Row | None) -> str:
+    """Milliseconds and the speed-up; a loss is bold."""
+    if row is None:
+        return ""
+    speedup = f"{ratio(row.speedup)}x"
+    return f"{row.ms:.3g} ({f'**{speedup}**' if row.speedup < 1 else speedup})"
+
+
+def kept(row: Row) -> str:
+    return "" if row.kept_bytes is None else f"{row.kept_bytes / 1e6:.3g}"
+
+
+def study(results: Results) -> str:
+    """A table for each op and axis: time of a call, every provider, and what a training step needs of memory."""
+    parts = [machine(results)]
+    rows = [row for row in results.rows if row.group in ("T", "B", "C", "map")]
+    for (op, axis), group in groupby(
+        sorted(rows, key=lambda row: (row.op, row.group)), lambda row: (row.op, row.group)
+    ):
+        found = list(group)
+        shapes = list(dict.fromkeys(row.shape for row in found))
+        names = list(dict.fromkeys(row.provider for row in found))
+        parts += [
+            "",
+            f"`{op}` along {axis}: forward / training step in ms; in brackets MB that the step adds at its peak",
+            "",
+        ]
+        parts += ["| shape | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+        for shape in shapes:
+            cells = []
+            for name in names:
+                passes = {row.what: row for row in found if (row.shape, row.provider) == (shape, name)}
+                cells.append(pair(passes["forward"], passes["step"]) if passes else "")
+            parts.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return "\n".join(parts)
+
+
+def pair(forward: Row, step: Row) -> str:
+    memory = "" if step.peak_bytes is None else f" ({step.peak_bytes / 1e6:.3g})"
+    return f"{forward.ms:.3g} / {step.ms:.3g}{memory}"
+
+
+# GB/s of memory and TFLOP/s of dense bfloat16 and tf32 products, from the makers' data sheets.
+DEVICES = {"A100 80 GB": (2039, 312, 156), "H100 SXM": (3350, 989, 494), "H200": (4800, 989, 494)}
+FLOORS = [mingru(16, 256, 512), mingru(1, 65536, 64), mingru(4, 16, 64, 56, 56), mingru(16, 10, 256, 14, 14)]
+FLOORS += [gru_rcn(16, 10, 64, 64, 7, 7), gru_rcn(4, 10, 64, 64, 28, 28), gru_rcn(16, 10, 256, 256, 14, 14)]
+
+
+def floors() -> str:
+    """What a training step takes at least on a GPU: bytes over bandwidth, or FLOP over the products' rate."""
+    lines = ["| training step | MB | GFLOP | " + " | ".join(f"{name}, us" for name in DEVICES) + " |"]
+    lines.append("| --- " * (3 + len(DEVICES)) + "|")
+    for case in FLOORS:
+        work = case.work("step")
+        cells = []
+        for bandwidth, bf16, tf32 in DEVICES.values():
+            # float32 moves twice what bfloat16 does; a scan's arithmetic is no product, and hides behind its bytes
+            full, half = work.bytes / bandwidth / 1e3, work.bytes / 2 / bandwidth / 1e3
+            if case.op == "gru_rcn":
+                full, half = max(full, work.flop / tf32 / 1e6), max(half, work.flop / bf16 / 1e6)
+            cells.append(f"{full:.0f} / {half:.0f}")
+        lines.append(
+            f"| {case.op} {case.shape} | {work.bytes / 1e6:.1f} | {work.flop / 1e9:.2f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def measured(name: str, render: Callable[[Results], str]) -> tuple[str, Callable[[], str]]:
+    return name, lambda: render(load(ROOT / name))
+
+
+# Each document's parts, by the name that stands in the comment before them.
+PARTS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": dict([measured("bench/results/cpu.json", performance)]),
+    ROOT / "bench" / "README.md": dict(
+        [
+            measured("bench/results/scaling-2-threads.json", study),
+            measured("bench/results/scaling-1-thread.json", study),
+            ("floors", floors),
+        ]
+    ),
+}
+
+
+def rewritten(document: Path) -> str:
+    """The document with every generated part made anew."""
+    text = document.read_text()
+    for name, render in PARTS[document].items():
+        part = re.compile(rf"(<!-- begin {re.escape(name)}[^>]* -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not part.search(text):
+            raise ValueError(f"{document} has no comment that begins {name}")
+        body = render()
+        text = part.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main() -> int:
+    for document in PARTS:
+        document.write_text(rewritten(document))
+        print(f"written: {document.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

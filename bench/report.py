@@ -1,0 +1,115 @@
+"""Results as a table in the terminal."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .case import OURS, TRAINING
+from .measure import TOLERANCE
+from .results import Results, Row
+
+WIDTH = 176  # the table's; a narrower terminal wraps it
+NAMES = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE.items()}
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints the machine, a line for each provider of each case, what was refused, and where convrnn loses."""
+    machine = results.machine
+    console.print(
+        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['isa']} kernels, {machine['date']}"
+    )
+    console.print(
+        f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"Python {machine['python']}, {machine['system']}"
+    )
+    console.print(
+        f"measured peaks: copy {results.peaks['copy']:.1f} GB/s, "
+        + ", ".join(f"{dtype} {peak:.0f} GFLOP/s" for dtype, peak in results.peaks.items() if dtype != "copy")
+    )
+    console.print(table(results))
+    for refusal in results.refused:
+        console.print(f"[bold red]refused[/] {refusal.case}: {refusal.provider}: {refusal.reason}", highlight=False)
+    console.print(summary(results), highlight=False)
+    if not results.complete:
+        console.print("[bold yellow]incomplete: the run was interrupted[/]")
+
+
+def table(results: Results) -> Table:
+    """A line for each provider of each case; rates are those of the training step, or of the one pass there is."""
+    found = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    found.caption = (
+        "ms: median (p20-p80) of rounds spread over the run; x: the best baseline's time over this one's, in the same rounds; "
+        "GB/s: bytes that cannot be avoided; kept: for backward; peak: memory a training step adds; rates of the last pass "
+        "shown. Yellow errors: inexact by nature."
+    )
+    found.add_column("provider", no_wrap=True)
+    for what in ("forward or stream", "backward", "step"):
+        found.add_column(f"{what}, ms", no_wrap=True)
+        found.add_column("x", justify="right")
+    for name in ("GB/s", "of copy", "GFLOP/s", "of peak", "kept MB", "peak MB", "error"):
+        found.add_column(name, justify="right")
+    for case, group in groupby(results.rows, lambda row: row.case):
+        found.add_section()
+        found.add_row(Text(case, style="bold"))
+        rows = list(group)
+        for provider in dict.fromkeys(row.provider for row in rows):
+            found.add_row(*line(results, {row.what: row for row in rows if row.provider == provider}))
+    return found
+
+
+def line(results: Results, passes: dict[str, Row]) -> list[str | Text]:
+    last = list(passes.values())[-1]
+    ours = OURS in last.provider
+    cells: list[str | Text] = [Text("  " + last.provider, style="cyan" if ours else "")]
+    for what in TRAINING:
+        row = passes.get("stream" if what == "forward" and "stream" in passes else what)
+        cells.append(time(row) if row else "")
+        cells.append(Text(ratio(row.speedup), style=colour(row) if ours else "") if row else "")
+    exact = last.error <= NAMES[last.dtype]
+    return [
+        *cells,
+        f"{last.gb_s:.1f}",
+        f"{results.copy_share(last):.0%}",
+        f"{last.gflop_s:.1f}",
+        f"{results.peak_share(last):.0%}",
+        megabytes(last.kept_bytes),
+        megabytes(last.peak_bytes),
+        Text(f"{last.error:.0e}", style="" if exact else "yellow"),
+    ]
+
+
+def time(row: Row) -> str:
+    return (
+        f"{row.ms:.3g} ({row.p20_ms:.3g}-{row.p80_ms:.3g})"
+        if row.ms < 1000
+        else f"{row.ms:.0f} ({row.p20_ms:.0f}-{row.p80_ms:.0f})"
+    )
+
+
+def ratio(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.1f}" if speedup >= 10 else f"{speedup:.2f}"
+
+
+def colour(row: Row) -> str:
+    """Green or red where the spread of the ratio lies on one side of 1."""
+    if row.speedup is None:
+        return ""
+    return "green" if row.speedup_p20 > 1 else "red" if row.speedup_p80 < 1 else ""
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def summary(results: Results) -> Text:
+    """How often convrnn is faster than every baseline, how often it is not, and by how much."""
+    rows = [row for row in results.rows if row.provider == OURS and row.speedup is not None]
+    lost = [row for row in rows if row.speedup < 1]
+    text = Text(f"{OURS} is faster than the best baseline in {len(rows) - len(lost)} of {len(rows)} measurements")
+    for row in sorted(lost, key=lambda row: row.speedup):
+        text.append(
+            f"\n  slower: {row.case}, {row.what}: {row.speedup:.2f} ({row.speedup_p20:.2f}-{row.speedup_p80:.2f})"
+        )
+    return text

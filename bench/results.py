@@ -1,0 +1,149 @@
+"""What a run found, as rows; written as JSON (everything) and CSV (the table)."""
+
+import csv
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .case import OURS
+
+
+@dataclass
+class Row:
+    """One provider's pass of one case.
+
+    Attributes:
+        case, op, shape, dtype, group: as in ``Case``.
+        provider: who computed it.
+        what: "forward", "backward", "step" (both, every gradient; for modules also an AdamW step) or "stream" (one
+            time step, the state carried).
+        samples_ms: time of a call in each round that it took part in; the rounds are spread over the whole run.
+        rounds: their numbers; what shares a number ran within moments.
+        flop, bytes: the work that the pass cannot do without.
+        error: worst error of output and gradients against float64, relative to the largest value of each.
+        kept_bytes: what the forward keeps for the backward beside inputs and parameters.
+        peak_bytes: memory that a training step adds at its peak.
+        speedup, speedup_p20, speedup_p80: how many times the best baseline's time it takes less, paired by rounds.
+    """
+
+    case: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: str
+    provider: str
+    what: str
+    samples_ms: list[float]
+    rounds: list[int]
+    flop: int
+    bytes: int
+    error: float
+    kept_bytes: int | None = None
+    peak_bytes: int | None = None
+    speedup: float | None = None
+    speedup_p20: float | None = None
+    speedup_p80: float | None = None
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def p20_ms(self) -> float:
+        return quantile(self.samples_ms, 0.2)
+
+    @property
+    def p80_ms(self) -> float:
+        return quantile(self.samples_ms, 0.8)
+
+    @property
+    def gb_s(self) -> float:
+        return self.bytes / self.ms / 1e6
+
+    @property
+    def gflop_s(self) -> float:
+        return self.flop / self.ms / 1e6
+
+
+@dataclass
+class Refusal:
+    """A provider that was not timed: its result was wrong, or it failed."""
+
+    case: str
+    provider: str
+    reason: str
+
+
+@dataclass
+class Results:
+    """A run: the machine, its measured peaks (copy in GB/s, dtypes in GFLOP/s), rows, refusals."""
+
+    machine: dict[str, Any]
+    peaks: dict[str, float]
+    rows: list[Row] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    complete: bool = False
+
+    def copy_share(self, row: Row) -> float:
+        return row.gb_s / self.peaks["copy"]
+
+    def peak_share(self, row: Row) -> float:
+        return row.gflop_s / self.peaks[row.dtype]
+
+    def find(self, case: str, provider: str, what: str) -> Row | None:
+        return next((r for r in self.rows if (r.case, r.provider, r.what) == (case, provider, what)), None)
+
+    def save(self, path: Path) -> None:
+        """Writes ``path`` (JSON) and, beside it, the same table as CSV."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        with path.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, CSV_COLUMNS)
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({name: self.cell(row, name) for name in CSV_COLUMNS})
+
+    def cell(self, row: Row, name: str) -> object:
+        value = getattr(self, name)(row) if name in ("copy_share", "peak_share") else getattr(row, name)
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+CSV_COLUMNS = (
+    *("case", "op", "shape", "dtype", "group", "provider", "what"),
+    *("ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80"),
+    *("gb_s", "copy_share", "gflop_s", "peak_share", "error", "kept_bytes", "peak_bytes"),
+)
+
+
+def load(path: Path) -> Results:
+    """Reads a file that ``Results.save`` wrote."""
+    found = json.loads(path.read_text())
+    found["rows"] = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
+    found["refused"] = [Refusal(**refusal) for refusal in found["refused"]]
+    return Results(**found)
+
+
+def quantile(samples: list[float], q: float) -> float:
+    return float(np.quantile(samples, q))
+
+
+def add_speedups(rows: list[Row]) -> None:
+    """Fills in the speed-ups of rows that share a case and a pass: the best baseline's time over each row's.
+
+    A ratio is taken within each round, so that what slows the whole machine for a while cancels.
+    """
+    baselines = [row for row in rows if OURS not in row.provider]
+    if not baselines:
+        return
+    best = min(baselines, key=lambda row: row.ms)
+    reference = dict(zip(best.rounds, best.samples_ms, strict=True))
+    for row in rows:
+        own = dict(zip(row.rounds, row.samples_ms, strict=True))
+        ratios = [reference[i] / own[i] for i in own.keys() & reference.keys()]
+        row.speedup = statistics.median(ratios)
+        row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)

@@ -1,0 +1,180 @@
+"""The benchmark's own honesty: wrong results are refused, the rest is kept, counted and written as it was measured."""
+
+import json
+
+import pytest
+
+pytest.importorskip("rich")
+
+import torch
+from torch import nn
+
+import convrnn
+from bench import __main__ as cli
+from bench import measure, run
+from bench.case import OURS
+from bench.cases import all_cases
+from bench.providers import Provider, equal_gru, log_space, peers
+from bench.results import Row, add_speedups, load
+from bench.scans import mingru, mingru_module
+from convrnn import reference
+
+CPU = torch.device("cpu")
+TINY = mingru(2, 6, 4)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Two small cases, two rounds, no pinning of this process."""
+    monkeypatch.setattr(cli, "all_cases", lambda: [TINY, mingru(1, 1, 3)])
+    monkeypatch.setattr(cli.machine, "pin", torch.set_num_threads)
+    monkeypatch.setattr(cli.machine, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(measure, "BLOCK_S", 1e-4)
+    monkeypatch.setitem(cli.EFFORTS, "quick", run.Effort(sweeps=2, rounds=2, compile=False, exhaustive=False))
+
+
+def test_names_are_unique():
+    names = [case.name for case in all_cases()]
+    assert len(names) == len(set(names)) > 60
+
+
+def test_every_op_and_module_is_measured():
+    ops = {case.op.split()[0] for case in all_cases()}
+    assert ops >= {"mingru", "log_scan", "gru_gates", "gru_update", "gru_rcn"}
+    assert ops >= {name for name in convrnn.__all__ if isinstance(getattr(convrnn, name), type)}
+
+
+def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
+    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 0
+    results = load(tmp_path / "run.json")
+    assert results.complete and not results.refused
+    assert {(row.provider, row.what) for row in results.rows} == {
+        (provider, what) for provider in (OURS, "log space") for what in ("forward", "backward", "step")
+    }
+    for row in results.rows:
+        assert len(row.samples_ms) == 4 and row.p20_ms <= row.ms <= row.p80_ms
+        assert row.speedup_p20 <= row.speedup <= row.speedup_p80
+        assert row.error <= measure.TOLERANCE[torch.float32]
+    lines = (tmp_path / "run.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(results.rows)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["machine"]["threads"] and found["peaks"]["copy"] > 0
+    assert "log space" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "nan", "shape"])
+def test_a_wrong_kernel_is_refused(brief, monkeypatch, tmp_path, capsys, wrong):
+    def planted(gate_hidden, h0=None):
+        h, h_n = reference.mingru(gate_hidden, h0)
+        if wrong == "gradient":
+            return h.detach() + 0.999 * (h - h.detach()), h_n
+        return {"output": h * 1.001, "nan": h / 0 * 0, "shape": h[:, :1]}[wrong], h_n
+
+    monkeypatch.setattr(convrnn, "mingru", planted)
+    assert (
+        cli.main(["--quick", "--output", str(tmp_path / "run.json"), "--only", TINY.name.replace("(", "\\(")[:12]]) == 1
+    )
+    results = load(tmp_path / "run.json")
+    assert [refusal.provider for refusal in results.refused] == [OURS]
+    assert {row.provider for row in results.rows} == {"log space"}
+    assert "refused" in capsys.readouterr().out
+
+
+def test_a_provider_that_fails_is_refused(monkeypatch):
+    def fails(gate_hidden):
+        raise RuntimeError("no such shape")
+
+    problem = TINY.problem(CPU)
+    problem.providers["broken"] = Provider(fails)
+    case = mingru(2, 6, 4)
+    monkeypatch.setattr(type(case), "problem", lambda self, device: problem)
+    bench = run.Bench([case], run.Effort(1, 1, False, False), CPU)
+    list(bench.run())
+    assert [(r.provider, r.reason) for r in bench.results.refused] == [("broken", "RuntimeError: no such shape")]
+
+
+def test_interrupted_keeps_what_it_measured(brief, monkeypatch, tmp_path):
+    time = run.Bench.time
+
+    def interrupt(self, subject, sweep):
+        if subject.case.shape == (1, 1, 3):
+            raise KeyboardInterrupt
+        time(self, subject, sweep)
+
+    monkeypatch.setattr(run.Bench, "time", interrupt)
+    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 130
+    results = load(tmp_path / "run.json")
+    assert not results.complete
+    assert {row.shape for row in results.rows} == {(2, 6, 4)}
+
+
+def test_list_and_a_pattern_that_matches_nothing(capsys):
+    assert cli.main(["--list", "--only", "^log_scan"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "log_scan (16, 256, 512) float32"
+    assert cli.main(["--only", "no such case"]) == 2
+    assert "no such case" in capsys.readouterr().err
+
+
+def test_speedups_pair_rounds():
+    def row(provider, samples, rounds):
+        return Row("c", "op", (1,), "float32", "op", provider, "forward", samples, rounds, flop=1, bytes=1, error=0.0)
+
+    # The machine is ten times slower in round 1: the ratio of medians would be 2 / 1 or 20 / 1.
+    ours, slow, slower = row(OURS, [1.0, 10.0, 1.0], [0, 1, 2]), row("a", [2.0, 20.0], [0, 1]), row("b", [99.0], [0])
+    add_speedups([ours, slow, slower])
+    assert (ours.speedup_p20, ours.speedup, ours.speedup_p80) == (2.0, 2.0, 2.0)
+    assert slow.speedup == 1.0 and slower.speedup == pytest.approx(2 / 99)
+
+
+def test_memory_counts_what_is_kept():
+    problem = TINY.problem(CPU)
+    assert measure.kept_bytes(problem.providers[OURS], problem) == 2 * 6 * 4 * 4  # h alone
+    big = mingru(4, 64, 1024).problem(CPU)
+    step = measure.task("step", big.providers[OURS], big)
+    floor = 3 * 4 * 64 * 1024 * 4  # h, and the gradient of the projection
+    assert floor <= measure.peak_bytes(step, CPU) < 1.5 * floor
+
+
+def test_gru_has_as_many_parameters():
+    for features, hidden in ((64, 64), (256, 256), (512, 128)):
+        count = sum(p.numel() for p in equal_gru(features, hidden).run.parameters())
+        assert count == pytest.approx(2 * hidden * (features + 1), rel=0.02)
+
+
+def test_a_modules_step_moves_no_weight():
+    problem = mingru_module(2, 5, 4).problem(CPU)
+    for provider in problem.providers.values():
+        assert isinstance(provider.run, nn.Module)
+        before = [p.clone() for p in provider.run.parameters()]
+        backward = measure.task("backward", provider, problem)
+        measure.task("step", provider, problem)()
+        backward()  # its graph is still whole
+        assert all(torch.equal(a, b) for a, b in zip(before, provider.run.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["accelerated-scan", "minGRU-pytorch", "mingru-scans"])
+def test_peers_compute_the_same(name):
+    provider = peers().get(name)
+    if provider is None:
+        pytest.skip(f"{name} is not installed")
+    x = torch.randn(2, 10, 6)
+    torch.testing.assert_close(provider.run(x), reference.mingru(x)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_space()(x), reference.mingru(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_cuda_clock_asks_triton(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    calls = []
+    for name in ("do_bench", "do_bench_cudagraph"):
+        monkeypatch.setattr(testing, name, lambda task, name=name, **options: calls.append((name, options)) or 1.5)
+    cuda = torch.device("cuda")
+    assert measure.clock(lambda: None, cuda, graph=False) == measure.clock(lambda: None, cuda, graph=True) == 1.5
+    assert [name for name, _ in calls] == ["do_bench", "do_bench_cudagraph"]
+    assert all(options["return_mode"] == "median" for _, options in calls)

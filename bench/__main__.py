@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     output = options.output or LATEST / f"{options.device}.json"
     device = torch.device(options.device)
-    machine.pin(options.threads)
+    machine.prepare(options.threads)
     console = Console(width=report.WIDTH)
     bench = Bench(cases, effort, device)
     # No thread redraws while something is timed.

@@ -9,6 +9,7 @@ from torch import Tensor
 from .providers import Provider, Run
 
 OURS = "convrnn"
+GRAPH = " in a CUDA graph"  # ends the name of a provider that runs in one
 TRAINING = ("forward", "backward", "step")  # step: forward and backward, every gradient
 STREAM = ("stream",)  # one time step, the state that comes out going in again
 

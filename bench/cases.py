@@ -17,7 +17,7 @@ from .scans import (
 )
 
 BF16 = torch.bfloat16
-PEERS = ("accelerated-scan", "minGRU-pytorch", "mingru-scans")  # the latter two are the log-space form: shown once
+PEERS = ("accelerated-scan ref", "minGRU-pytorch", "mingru-scans")  # the latter two are the log-space form: shown once
 STUDY = ("forward", "step")  # what a study of cost against one axis times
 
 
@@ -40,7 +40,7 @@ def ops() -> Iterator[Case]:
     yield mingru(4, 10, 256, 14, 14, dtype=BF16)
     yield log_scan(16, 256, 512)
     yield log_scan(2, 64, 64, 14, 14)
-    yield gru_gates(16, 64, 28, 28)
+    yield gru_gates(16, 64, 28, 28, compile=True)
     yield gru_gates(16, 64, 28, 28, dtype=BF16)
     yield gru_update(16, 64, 28, 28)
     yield gru_rcn(16, 10, 5, 32, 8, 8, exhaustive=True)  # the layer below has this shape

@@ -293,6 +293,7 @@ def choose(only: str, quick: bool) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(width=WIDTH, highlight=False)
+    comparison = None
     try:
         cases = choose(options.only, options.quick)
         commit = builds.resolve(options.base)
@@ -315,11 +316,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return INTERRUPTED
-    rows = comparison.rows
+        if comparison is None:
+            return INTERRUPTED
+        console.print("[bold yellow]interrupted: what was not reached is left out")
+    rows = [row for row in comparison.rows if row.problem or row.sittings]
     save(OUTPUT, rows, base={"given": options.base, "commit": commit}, machine=stamp)
     console.print(table(rows))
     console.print(summary(rows), f"written: {OUTPUT}", sep="\n")
+    if len(rows) < len(comparison.rows):
+        return INTERRUPTED
     return int(any(row.verdict in BAD for row in rows))
 
 

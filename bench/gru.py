@@ -20,13 +20,10 @@ def gru_gates(*shape: int, dtype: torch.dtype = torch.float32, **options: object
         inputs = [torch.randn(batch, 2 * channels, *size, device=device).to(dtype) for _ in range(2)]
         inputs.append(torch.randn(shape, device=device).to(dtype))
 
-        def packed(run: Callable[..., tuple[Tensor, ...]]) -> Run:
-            return lambda *inputs: torch.cat(run(*inputs), 1)
-
         return Problem(
             inputs,
-            packed(reference.gru_gates),
-            {OURS: Provider(packed(torch.ops.convrnn.gru_gates)), "plain": Provider(packed(reference.gru_gates))},
+            reference.gru_gates,
+            {OURS: Provider(torch.ops.convrnn.gru_gates), "plain": Provider(reference.gru_gates)},
         )
 
     n = torch.Size(shape).numel()

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -17,11 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = 256 << 20  # past every cache
 
 
-def pin(threads: int) -> None:
-    """Uses so many threads, on as many processors, so that they are not moved about."""
+def prepare(threads: int) -> None:
+    """Uses so many threads, on as many processors, so that they are not moved about, and float32 as it is, not tf32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0), key=rank)[:threads])
     torch.set_num_threads(threads)
+
+
+def rank(processor: int) -> tuple[int, int]:
+    """Sorts the first hardware thread of every core before any second one (Linux)."""
+    siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/core_cpus_list")
+    first = int(re.match(r"\d+", siblings.read_text())[0]) if siblings.exists() else processor
+    return processor - first, processor
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
@@ -31,11 +40,13 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
-        "isa": torch.ops.convrnn.cpu_isa().partition(":")[0],
+        "kernels": "Triton" if device.type == "cuda" else torch.ops.convrnn.cpu_isa().partition(":")[0],
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
+        "cuda": torch.version.cuda,
+        "backend": os.environ.get("CONVRNN_BACKEND", ""),
         "convrnn": version("convrnn"),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -80,8 +91,10 @@ def peaks(device: torch.device, dtypes: set[torch.dtype]) -> dict[str, float]:
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = {"copy": 2 * COPY_BYTES / seconds(lambda: target.copy_(source), device) / 1e9}
-    for dtype in sorted(dtypes, key=str):
-        found[str(dtype).removeprefix("torch.")] = max(products(device, dtype))
+    rates: list[float] = []
+    for dtype in sorted(dtypes | {torch.float32}, key=lambda dtype: -dtype.itemsize):
+        # Where 16-bit products are slower than float32's, arithmetic on such tensors is float32's.
+        found[str(dtype).removeprefix("torch.")] = max(rates := [*rates, *products(device, dtype)])
     return found
 
 

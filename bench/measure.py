@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from .case import Case, Problem
+from .case import GRAPH, Case, Problem
 from .providers import Provider, Run
 
 Task = Callable[[], object]
 Key = tuple[str, str]  # provider, pass
-
-GRAPH = " in a CUDA graph"
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 BLOCK_S = 0.01  # a turn lasts at least this long
@@ -24,27 +24,36 @@ SLOW_MS = 100  # a call that takes longer has one turn in a sweep
 
 
 def parameters(run: Run) -> dict[str, Tensor]:
-    return dict(run.named_parameters()) if isinstance(run, nn.Module) else {}
+    if not isinstance(run, nn.Module):
+        return {}
+    return {
+        name.removeprefix("_orig_mod."): weight for name, weight in run.named_parameters()
+    }  # torch.compile's prefix
 
 
 def leaves(problem: Problem) -> list[Tensor]:
     return [x.detach().clone().requires_grad_() for x in problem.inputs]
 
 
-def upstream(out: Tensor) -> Tensor:
-    """A gradient for the output, the same one for all providers of a case."""
+def outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def upstream(outs: list[Tensor]) -> list[Tensor]:
+    """A gradient for each output, the same ones for all providers of a case."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+    return [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outs]
 
 
 def results_of(run: Run, inputs: list[Tensor], training: bool) -> dict[str, Tensor]:
-    """The output and, in training, every gradient, by name."""
-    with torch.set_grad_enabled(training):
-        out = run(*inputs)
-    found = {"output": out}
+    """The outputs and, in training, every gradient, by name."""
+    with torch.inference_mode(not training):
+        outs = outputs(run(*inputs))
+    found = {f"output {i}": out for i, out in enumerate(outs)}
     if training:
         names = [f"input {i}" for i in range(len(inputs))] + list(parameters(run))
-        found |= zip(names, torch.autograd.grad(out, [*inputs, *parameters(run).values()], upstream(out)), strict=True)
+        sources = [*inputs, *parameters(run).values()]
+        found |= zip(names, torch.autograd.grad(outs, sources, upstream(outs)), strict=True)
     return {name: x.detach().cpu() for name, x in found.items()}
 
 
@@ -60,16 +69,27 @@ def truths(problem: Problem, training: bool) -> Callable[[Provider], dict[str, T
 
 
 def error(case: Case, problem: Problem, provider: Provider, expected: dict[str, Tensor]) -> float:
-    """Worst error of the output and, where training is measured, of the gradients, relative to each one's maximum."""
-    training = "step" in case.passes
-    got = results_of(provider.run, leaves(problem) if training else problem.inputs, training)
-    return max(_error(x, expected[key]) for key, x in got.items())
+    """Worst error of the outputs and, where training is measured, of the gradients, relative to each one's maximum.
+
+    The outputs of inference count too, where that is timed: it may run other code than training.
+    """
+    found = []
+    if "step" in case.passes:
+        found.append(results_of(provider.run, leaves(problem), training=True))
+        if found[0].keys() != expected.keys():
+            return math.inf
+    if set(case.passes) - {"backward", "step"} and provider.inference:
+        found.append(results_of(provider.run, problem.inputs, training=False))
+    return max(_error(x, expected[key]) for results in found for key, x in results.items())
 
 
 def _error(got: Tensor, expected: Tensor) -> float:
-    if got.shape != expected.shape or not got.isfinite().all():
-        return float("inf")
-    return ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    if got.shape != expected.shape:
+        return math.inf
+    difference, scale = (got.double() - expected).abs().max().item(), expected.abs().max().item()
+    if not math.isfinite(difference) or not math.isfinite(scale):
+        return math.inf
+    return difference / scale if scale else math.inf if difference else 0.0
 
 
 def tolerance(case: Case, provider: Provider) -> float:
@@ -92,27 +112,29 @@ def task(what: str, provider: Provider, problem: Problem) -> Task:
         return stream
     inputs = leaves(problem)
     if what == "backward":
-        out = run(*inputs)
-        gradient = upstream(out)
-        return lambda: torch.autograd.grad(out, [*inputs, *weights], gradient, retain_graph=True)
-    gradient: Tensor | None = None  # made in the first call, whose output has its shape
+        outs = outputs(run(*inputs))
+        gradients = upstream(outs)
+        return lambda: torch.autograd.grad(outs, [*inputs, *weights], gradients, retain_graph=True)
+    gradients = []  # made in the first call, whose outputs have their shapes
 
-    def forward() -> Tensor:
-        nonlocal gradient
-        out = run(*inputs)
-        if gradient is None:
-            gradient = upstream(out)
-        return out
+    def forward() -> list[Tensor]:
+        outs = outputs(run(*inputs))
+        if not gradients:
+            gradients.extend(upstream(outs))
+        return outs
 
     if not weights:
-        return lambda: torch.autograd.grad(forward(), inputs, gradient)
+        return lambda: torch.autograd.grad(forward(), inputs, gradients)
     run = copy.deepcopy(run)  # the optimizer writes to its weights, and with that would end the graph of "backward"
+    for module in run.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # what copying undoes, cuDNN would do anew in every call
     optimizer = torch.optim.AdamW(  # does its work and moves nothing
         run.parameters(), lr=0.0, weight_decay=0.0, capturable=weights[0].is_cuda
     )
 
     def step() -> None:
-        forward().backward(gradient)
+        torch.autograd.backward(forward(), gradients)
         optimizer.step()
         optimizer.zero_grad()
         for x in inputs:
@@ -121,28 +143,28 @@ def task(what: str, provider: Provider, problem: Problem) -> Task:
     return step
 
 
-def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[Key, list[float]]:
-    """Milliseconds a call of each task in each round, the tasks taking turns, each round starting with another one."""
-    samples: dict[Key, list[float]] = {key: [] for key in tasks}
+def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[Key, list[list[float]]]:
+    """What ``clock`` gives for each task in each round, the tasks taking turns, each round starting with another one."""
+    turns: dict[Key, list[list[float]]] = {key: [] for key in tasks}
     order = list(tasks)
     for number in range(rounds):
         for key in order:
-            if number == 0 or samples[key][0] < SLOW_MS:
-                samples[key].append(clock(tasks[key], device, graph=key[0].endswith(GRAPH)))
+            if number == 0 or min(turns[key][0]) < SLOW_MS:
+                turns[key].append(clock(tasks[key], device, graph=key[0].endswith(GRAPH)))
         order = order[1:] + order[:1]
-    return samples
+    return turns
 
 
-def clock(task: Task, device: torch.device, graph: bool) -> float:
-    """Milliseconds a call, the median over a turn."""
+def clock(task: Task, device: torch.device, graph: bool) -> list[float]:
+    """Milliseconds a call, time and again for one turn; short calls are timed in blocks."""
     if device.type == "cuda":
         from triton import testing
 
         if graph:
-            return testing.do_bench_cudagraph(task, rep=20, return_mode="median")
-        return testing.do_bench(task, warmup=5, rep=20, return_mode="median")
+            return testing.do_bench_cudagraph(task, rep=20, return_mode="all")
+        return testing.do_bench(task, warmup=5, rep=20, return_mode="all")
     timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=BLOCK_S).median * 1e3
+    return [seconds * 1e3 for seconds in timer.blocked_autorange(min_run_time=BLOCK_S).times]
 
 
 def kept_bytes(provider: Provider, problem: Problem) -> int:
@@ -173,11 +195,13 @@ def peak_bytes(step: Task, device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
-    if not status.exists():
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (os.access(status, os.R_OK) and os.access(reset, os.W_OK) and "VmHWM" in status.read_text()):
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # gives the allocator's free memory back, so that using it again counts
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # gives glibc's free memory back, so that using it again counts
+    reset.write_text("5")  # resets VmHWM
     before = _resident(status, "VmRSS")
     step()
     return max(0, _resident(status, "VmHWM") - before)

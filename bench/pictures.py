@@ -21,8 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from .case import OURS, TRAINING
-from .measure import GRAPH
+from .case import GRAPH, OURS, TRAINING
 from .results import Results, Row, load
 from .run import COMPILED
 
@@ -80,7 +79,7 @@ def speedup(results: Results) -> Figure | None:
         results,
         "Speed-up of convrnn over the best baseline",
         [Patch(color=PASSES[p], label=WORDS.get(p, p)) for p in PASSES if any(row.what == p for row in rows)],
-        "Bars: median of rounds; whiskers: 20th to 80th percentile. Numbers: every loss, and the last pass of a case. "
+        "Bars: median of turns; whiskers: 20th to 80th percentile. Numbers: every loss, and the last pass of a case. "
         "Baseline: the fastest provider that is not convrnn, those under torch.compile and in CUDA graphs included. "
         "float32 unless named." + refusals(results, tabled),
         sum(heights) + 0.55 * len(heights) + 0.45,
@@ -144,7 +143,7 @@ def scaling(results: Results, group: str) -> Figure | None:
         results,
         f"Time against {AXES[group]}",
         handles,
-        "Lines: median of rounds; bands: 20th to 80th percentile; grey: in proportion to the arithmetic."
+        "Lines: median of turns; bands: 20th to 80th percentile; grey: in proportion to the arithmetic."
         + refusals(results, rows),
         2.6 * len(studies),
     )

@@ -1,9 +1,11 @@
 """The ways to compute each op that convrnn is measured against: plain PyTorch, torch.nn.GRU, and other packages."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from convrnn import reference
 
-Run = Callable[..., Tensor]
+Run = Callable[..., Any]  # a Tensor or, of the gates, a tuple of them
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,18 @@ class Provider:
     """One way to compute a case.
 
     Attributes:
-        run: takes the case's inputs and returns its output; the parameters of an ``nn.Module`` get gradients too.
+        run: takes the case's inputs and returns its output or outputs; the parameters of an ``nn.Module`` get gradients too.
         truth: what ``run`` must agree with in float64, where that is not the case's own truth.
         tolerance: relative error it may reach where its dtype's is stricter.
         compile: whether to time it under torch.compile too, in cases that ask for that.
+        inference: whether to time it outside training too.
     """
 
     run: Run
     truth: Run | None = None
     tolerance: float = 0.0
     compile: bool = True
+    inference: bool = True
 
 
 # The log-space form takes differences of sums over all steps: its gradients are off by 0.02 after 128 steps of four layers
@@ -55,6 +59,18 @@ def log_space_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
     """x_t = a_t x_{t-1} + b_t as a cumulative sum and a logcumsumexp (Heinsen 2023)."""
     log_a = F.pad(log_a, (*[0, 0] * (log_a.dim() - 2), 1, 0)).cumsum(1)
     return (log_a + torch.logcumsumexp(log_b - log_a, 1)).exp()
+
+
+def time_loop(gate_hidden: Tensor) -> Tensor:
+    """minGRU in plain PyTorch, one step after another, with all activations outside the loop."""
+    gate, hidden = gate_hidden.chunk(2, dim=2)
+    z, candidate = torch.sigmoid(gate), torch.where(hidden >= 0, hidden + 0.5, torch.sigmoid(hidden))
+    h = torch.full_like(z[:, 0], 0.5)
+    out = []
+    for z_t, candidate_t in zip(z.unbind(1), candidate.unbind(1), strict=True):
+        h = torch.lerp(h, candidate_t, z_t)
+        out.append(h)
+    return torch.stack(out, 1)
 
 
 def sequential_mingru(gate_hidden: Tensor, h: Tensor) -> Tensor:
@@ -178,7 +194,7 @@ def _mingru_scans_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
 def peers() -> dict[str, Provider]:
     """minGRU over a float32 projection (B, T, 2C) by those of the optional packages that are installed."""
     found: dict[str, tuple[str, Provider]] = {
-        "accelerated-scan": ("accelerated_scan", Provider(_accelerated_scan, compile=False)),
+        "accelerated-scan ref": ("accelerated_scan", Provider(_accelerated_scan, compile=False)),
         "minGRU-pytorch": (
             "minGRU_pytorch",
             Provider(log_space(_mingru_pytorch_scan), tolerance=LOG_SPACE_TOLERANCE, compile=False),
@@ -200,5 +216,5 @@ def _installed(module: str) -> bool:
 
 
 def compiled(provider: Provider) -> Provider:
-    """The provider under torch.compile, one shape."""
-    return Provider(torch.compile(provider.run, dynamic=False), provider.truth, provider.tolerance)
+    """The provider under torch.compile, for one shape; its training alone, for inference is another graph to wait for."""
+    return dataclasses.replace(provider, run=torch.compile(provider.run, dynamic=False), inference=False)

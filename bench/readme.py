@@ -24,7 +24,7 @@ ORIGINAL = ("log space", "six convolutions")
 def machine(results: Results) -> str:
     found = results.machine
     return (
-        f"{found['device']}, {found['threads']} thread{'s' * (found['threads'] != 1)}, {found['isa']} kernels, torch "
+        f"{found['device']}, {found['threads']} thread{'s' * (found['threads'] != 1)}, {found['kernels']} kernels, torch "
         f"{found['torch']}, commit {found['commit']}, {found['date']}. Measured peaks: copy {results.peaks['copy']:.0f} GB/s, "
         f"float32 {results.peaks['float32']:.0f} GFLOP/s."
     )
@@ -35,7 +35,7 @@ def performance(results: Results) -> str:
     lines = [
         machine(results),
         "",
-        "| case | forward or stream | backward | training step | best baseline | step over the original form | kept for backward, MB |",
+        "| case | forward or stream | backward | training step | best baseline of the last pass | step over the original form | kept for backward, MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = [row for row in results.rows if row.group in ("op", "module", "streaming")]
@@ -54,7 +54,7 @@ def performance(results: Results) -> str:
     lost = [row for row in rows if row.provider == OURS and row.speedup is not None and row.speedup < 1]
     lines += [
         "",
-        f"Slower than the best baseline in {len(lost)} of {sum(row.provider == OURS for row in rows)} measurements.",
+        f"Slower than the best baseline in {len(lost)} of {sum(row.provider == OURS and row.speedup is not None for row in rows)} measurements.",
     ]
     return "\n".join(lines)
 

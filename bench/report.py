@@ -11,6 +11,11 @@ from .measure import TOLERANCE
 from .results import Results, Row
 
 WIDTH = 176  # the table's; a narrower terminal wraps it
+LEGEND = (
+    "ms: median (p20-p80) of turns spread over the run; x: the best baseline's time over this one's, side by side; GB/s: bytes "
+    "that cannot be avoided; kept: for backward; peak: memory a training step adds; rates: of the last pass shown. Yellow "
+    "errors: inexact by nature."
+)
 NAMES = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE.items()}
 
 
@@ -18,7 +23,7 @@ def show(results: Results, console: Console) -> None:
     """Prints the machine, a line for each provider of each case, what was refused, and where convrnn loses."""
     machine = results.machine
     console.print(
-        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['isa']} kernels, {machine['date']}"
+        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['kernels']} kernels, {machine['date']}"
     )
     console.print(
         f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
@@ -28,7 +33,9 @@ def show(results: Results, console: Console) -> None:
         f"measured peaks: copy {results.peaks['copy']:.1f} GB/s, "
         + ", ".join(f"{dtype} {peak:.0f} GFLOP/s" for dtype, peak in results.peaks.items() if dtype != "copy")
     )
-    console.print(table(results))
+    for number, (case, rows) in enumerate(groupby(results.rows, lambda row: row.case)):
+        console.print(table(results, case, list(rows), header=number == 0))
+    console.print(LEGEND, style="italic")
     for refusal in results.refused:
         console.print(f"[bold red]refused[/] {refusal.case}: {refusal.provider}: {refusal.reason}", highlight=False)
     console.print(summary(results), highlight=False)
@@ -36,26 +43,17 @@ def show(results: Results, console: Console) -> None:
         console.print("[bold yellow]incomplete: the run was interrupted[/]")
 
 
-def table(results: Results) -> Table:
-    """A line for each provider of each case; rates are those of the training step, or of the one pass there is."""
-    found = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    found.caption = (
-        "ms: median (p20-p80) of rounds spread over the run; x: the best baseline's time over this one's, in the same rounds; "
-        "GB/s: bytes that cannot be avoided; kept: for backward; peak: memory a training step adds; rates of the last pass "
-        "shown. Yellow errors: inexact by nature."
-    )
-    found.add_column("provider", no_wrap=True)
+def table(results: Results, case: str, rows: list[Row], header: bool) -> Table:
+    """A line for each provider; rates are those of the training step, or of the one pass there is."""
+    found = Table(title=case, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=header)
+    found.add_column("provider", width=26, no_wrap=True)
     for what in ("forward or stream", "backward", "step"):
-        found.add_column(f"{what}, ms", no_wrap=True)
-        found.add_column("x", justify="right")
+        found.add_column(f"{what}, ms", width=22, no_wrap=True)
+        found.add_column("x", justify="right", width=5)
     for name in ("GB/s", "of copy", "GFLOP/s", "of peak", "kept MB", "peak MB", "error"):
-        found.add_column(name, justify="right")
-    for case, group in groupby(results.rows, lambda row: row.case):
-        found.add_section()
-        found.add_row(Text(case, style="bold"))
-        rows = list(group)
-        for provider in dict.fromkeys(row.provider for row in rows):
-            found.add_row(*line(results, {row.what: row for row in rows if row.provider == provider}))
+        found.add_column(name, justify="right", width=7, no_wrap=True)
+    for provider in dict.fromkeys(row.provider for row in rows):
+        found.add_row(*line(results, {row.what: row for row in rows if row.provider == provider}))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .case import OURS
+from .case import GRAPH, OURS
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Row:
         provider: who computed it.
         what: "forward", "backward", "step" (both, every gradient; for modules also an AdamW step) or "stream" (one
             time step, the state carried).
-        samples_ms: time of a call in each round that it took part in; the rounds are spread over the whole run.
-        rounds: their numbers; what shares a number ran within moments.
+        samples_ms: times of a call, of several turns that were spread over the whole run.
+        sweeps: the sweep over all cases that each belongs to; what shares a number ran within moments.
         flop, bytes: the work that the pass cannot do without.
         error: worst error of output and gradients against float64, relative to the largest value of each.
         kept_bytes: what the forward keeps for the backward beside inputs and parameters.
         peak_bytes: memory that a training step adds at its peak.
-        speedup, speedup_p20, speedup_p80: how many times the best baseline's time it takes less, paired by rounds.
+        speedup, speedup_p20, speedup_p80: how many times the best baseline's time it takes less, within sweeps.
     """
 
     case: str
@@ -39,7 +39,7 @@ class Row:
     provider: str
     what: str
     samples_ms: list[float]
-    rounds: list[int]
+    sweeps: list[int]
     flop: int
     bytes: int
     error: float
@@ -101,7 +101,9 @@ class Results:
     def save(self, path: Path) -> None:
         """Writes ``path`` (JSON) and, beside it, the same table as CSV."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        whole = path.with_suffix(".part")  # so that an end in the middle of writing leaves the last file whole
+        whole.write_text(json.dumps(dataclasses.asdict(self), separators=(",", ":")) + "\n")
+        whole.replace(path)
         with path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, CSV_COLUMNS)
             writer.writeheader()
@@ -129,21 +131,27 @@ def load(path: Path) -> Results:
 
 
 def quantile(samples: list[float], q: float) -> float:
-    return float(np.quantile(samples, q))
+    """By Weibull's positions, i / (n + 1): few samples give a wide spread, as they should."""
+    return float(np.quantile(samples, q, method="weibull"))
 
 
 def add_speedups(rows: list[Row]) -> None:
     """Fills in the speed-ups of rows that share a case and a pass: the best baseline's time over each row's.
 
-    A ratio is taken within each round, so that what slows the whole machine for a while cancels.
+    A ratio is taken within each sweep, so that what slows the whole machine for a while cancels. A CUDA graph runs without
+    launches, and from a warm cache: its rows are compared among themselves.
     """
-    baselines = [row for row in rows if OURS not in row.provider]
-    if not baselines:
-        return
-    best = min(baselines, key=lambda row: row.ms)
-    reference = dict(zip(best.rounds, best.samples_ms, strict=True))
-    for row in rows:
-        own = dict(zip(row.rounds, row.samples_ms, strict=True))
-        ratios = [reference[i] / own[i] for i in own.keys() & reference.keys()]
-        row.speedup = statistics.median(ratios)
-        row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)
+    for graph in (False, True):
+        group = [row for row in rows if row.provider.endswith(GRAPH) == graph]
+        baselines = [row for row in group if OURS not in row.provider]
+        if not baselines:
+            continue
+        best = min(baselines, key=lambda row: row.ms)
+        samples: dict[int, list[float]] = {}
+        for ms, sweep in zip(best.samples_ms, best.sweeps, strict=True):
+            samples.setdefault(sweep, []).append(ms)
+        reference = {sweep: statistics.median(found) for sweep, found in samples.items()}
+        for row in group:
+            ratios = [reference[sweep] / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
+            row.speedup = statistics.median(ratios)
+            row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from . import machine, measure
-from .case import Case, Problem
-from .measure import GRAPH, Key
+from .case import GRAPH, Case, Problem
+from .measure import Key
 from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
@@ -71,18 +71,15 @@ class Bench:
         for name, provider in list(problem.providers.items()):
             try:
                 error = measure.error(case, problem, provider, expected(provider))
+                limit = measure.tolerance(case, provider)
+                if not error <= limit:
+                    self.refuse(subject, name, f"wrong: relative error {error:.1e}, allowed {limit:.0e}")
+                    continue
+                # What is compiled for training has a backward that frees its buffers: it cannot run again by itself.
+                for what in case.passes if provider.inference else ("step",):
+                    self.add_row(subject, name, what, error)
             except Exception as exception:  # noqa: BLE001  any provider may fail: reported, and the run ends non-zero
                 self.refuse(subject, name, f"{type(exception).__name__}: {exception}")
-                continue
-            limit = measure.tolerance(case, provider)
-            if not error <= limit:
-                self.refuse(subject, name, f"wrong: relative error {error:.1e}, allowed {limit:.0e}")
-                continue
-            for what in case.passes:
-                # torch.compile makes a graph for training and another one for inference: the first is enough to wait for.
-                # Its backward frees its buffers as it goes, and cannot be run again and again by itself.
-                if what == "step" or not name.startswith(COMPILED):
-                    self.add_row(subject, name, what, error)
         if self.device.type == "cuda":
             self.add_graphs(subject)
         return subject
@@ -90,6 +87,7 @@ class Bench:
     def refuse(self, subject: Subject, name: str, reason: str) -> None:
         self.results.refused.append(Refusal(subject.case.name, name, reason))
         del subject.problem.providers[name]
+        subject.rows = {key: row for key, row in subject.rows.items() if key[0] != name}
 
     def add_graphs(self, subject: Subject) -> None:
         """The same passes in a CUDA graph; not backward, which runs on its forward's stream, outside the capture."""
@@ -116,13 +114,13 @@ class Bench:
             provider=name,
             what=what,
             samples_ms=[],
-            rounds=[],
+            sweeps=[],
             flop=work.flop,
             bytes=work.bytes,
             error=error,
         )
-        if what == "step":
-            provider = subject.problem.providers[name.removesuffix(GRAPH)]
+        if what == "step" and not name.endswith(GRAPH):
+            provider = subject.problem.providers[name]
             row.kept_bytes = measure.kept_bytes(provider, subject.problem)
             row.peak_bytes = measure.peak_bytes(measure.task(what, provider, subject.problem), self.device)
         subject.rows[name, what] = row
@@ -132,10 +130,11 @@ class Bench:
             key: measure.task(key[1], subject.problem.providers[key[0].removesuffix(GRAPH)], subject.problem)
             for key in subject.rows
         }
-        samples = measure.by_turns(tasks, self.effort.rounds, self.device)
+        turns = measure.by_turns(tasks, self.effort.rounds, self.device)
         for key, row in subject.rows.items():
-            row.samples_ms += samples[key]
-            row.rounds += range(sweep * self.effort.rounds, sweep * self.effort.rounds + len(samples[key]))
+            for samples in turns[key]:
+                row.samples_ms += (float(f"{ms:.5g}") for ms in samples)
+                row.sweeps += [sweep] * len(samples)
         if sweep == 0:
             self.results.rows += subject.rows.values()
         for what in subject.case.passes:

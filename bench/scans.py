@@ -22,7 +22,10 @@ from .providers import (
     log_space_scan,
     peers,
     sequential_mingru,
+    time_loop,
 )
+
+LOOP_STEPS = 4096  # a Python loop over more steps takes seconds
 
 
 def mingru(*shape: int, dtype: torch.dtype = torch.float32, others: tuple[str, ...] = (), **options: object) -> Case:
@@ -32,6 +35,8 @@ def mingru(*shape: int, dtype: torch.dtype = torch.float32, others: tuple[str, .
     def build(device: torch.device, dtype: torch.dtype) -> Problem:
         gate_hidden = torch.randn(batch, steps, 2 * channels, *size, device=device).to(dtype)
         providers = {OURS: Provider(lambda gate_hidden: convrnn.mingru(gate_hidden)[0])}
+        if steps <= LOOP_STEPS:
+            providers["time loop"] = Provider(time_loop, compile=False)
         providers["log space"] = Provider(log_space(), tolerance=LOG_SPACE_TOLERANCE)
         providers |= {name: provider for name, provider in peers().items() if name in others}
         return Problem([gate_hidden], lambda gate_hidden: reference.mingru(gate_hidden)[0], providers)
@@ -52,6 +57,7 @@ def log_scan(*shape: int, dtype: torch.dtype = torch.float32, **options: object)
             lambda log_a, log_b: reference.log_scan(log_a, log_b).exp(),
             {
                 OURS: Provider(convrnn.parallel_scan_log),
+                "time loop": Provider(lambda log_a, log_b: reference.log_scan(log_a, log_b).exp()),
                 "log space": Provider(log_space_scan, tolerance=LOG_SPACE_TOLERANCE),
             },
         )
@@ -66,6 +72,7 @@ def stack_problem(x: Tensor, stack: nn.Module) -> Problem:
         PlainStack(stack, lambda gate_hidden: reference.mingru(gate_hidden)[0]),
         {
             OURS: Provider(FirstOutput(stack)),
+            "time loop": Provider(PlainStack(stack, time_loop)),
             "log space": Provider(PlainStack(stack, log_space()), tolerance=LOG_SPACE_TOLERANCE),
         },
     )
@@ -106,7 +113,7 @@ def minconv_module(*shape: int, hidden: tuple[int, ...] = (16, 32, 64), **option
     for level, size in enumerate(hidden, 1):
         pixels = (height >> level) * (width >> level)
         moved = batch * steps * (4 * pixels * below + pixels * size)
-        layer = convolution_work(torch.float32, batch * steps, pixels, moved, (9 * 2 + 1) * below * size)
+        layer = convolution_work(torch.float32, batch * steps, pixels, moved, 9 * 3 * below * size)
         forward, backward, below = forward + layer[0], backward + layer[1], size
     return Case("MinConv2dGRU", shape, build, forward, backward, group="module", **options)
 
@@ -127,6 +134,7 @@ def bidirectional_module(*shape: int, **options: object) -> Case:
             plain(lambda gate_hidden: reference.mingru(gate_hidden)[0]),
             {
                 OURS: Provider(FirstOutput(convrnn.Bidirectional(*rnns))),
+                "time loop": Provider(plain(time_loop)),
                 "log space": Provider(plain(log_space()), tolerance=LOG_SPACE_TOLERANCE),
             },
         )

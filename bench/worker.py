@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -62,7 +63,7 @@ class Bench:
         load("bench", ROOT / "bench" / "__init__.py")
         from bench import case, cases, machine, measure
 
-        machine.pin(threads)
+        machine.prepare(threads)
         self.device, self.threads = torch.device(device), threads
         self.ours = case.OURS
         self.measure = measure
@@ -90,7 +91,7 @@ class Bench:
             self.tasks[what] = self.measure.task(what, self.problem.providers[self.ours], self.problem)
         task = self.tasks[what]
         if self.device.type == "cuda":
-            return {"ms": self.measure.clock(task, self.device, graph=False)}
+            return {"ms": statistics.median(self.measure.clock(task, self.device, graph=False))}
         if self.slow.get(what):
             start = perf_counter()
             task()

@@ -19,6 +19,7 @@ from bench.results import Row, add_speedups, load
 from bench.scans import mingru, mingru_module
 from convrnn import reference
 
+pytestmark = pytest.mark.compiled
 CPU = torch.device("cpu")
 TINY = mingru(2, 6, 4)
 
@@ -34,7 +35,7 @@ def threads():
 def brief(monkeypatch):
     """Two small cases, two rounds, no pinning of this process."""
     monkeypatch.setattr(cli, "all_cases", lambda: [TINY, mingru(1, 1, 3)])
-    monkeypatch.setattr(cli.machine, "pin", torch.set_num_threads)
+    monkeypatch.setattr(cli.machine, "prepare", torch.set_num_threads)
     monkeypatch.setattr(cli.machine, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(measure, "BLOCK_S", 1e-4)
     monkeypatch.setitem(cli.EFFORTS, "quick", run.Effort(sweeps=2, rounds=2, compile=False, exhaustive=False))
@@ -43,6 +44,14 @@ def brief(monkeypatch):
 def test_names_are_unique():
     names = [case.name for case in all_cases()]
     assert len(names) == len(set(names)) > 60
+
+
+def test_every_case_can_be_made():
+    for case in all_cases():
+        if not case.exhaustive:
+            problem = case.problem(CPU)
+            assert OURS in problem.providers and len(problem.providers) > 1
+            assert problem.inputs[0].dtype == case.dtype
 
 
 def test_every_op_and_module_is_measured():
@@ -56,10 +65,10 @@ def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
     results = load(tmp_path / "run.json")
     assert results.complete and not results.refused
     assert {(row.provider, row.what) for row in results.rows} == {
-        (provider, what) for provider in (OURS, "log space") for what in ("forward", "backward", "step")
+        (provider, what) for provider in (OURS, "time loop", "log space") for what in ("forward", "backward", "step")
     }
     for row in results.rows:
-        assert len(row.samples_ms) == 4 and row.p20_ms <= row.ms <= row.p80_ms
+        assert set(row.sweeps) == {0, 1} and row.p20_ms <= row.ms <= row.p80_ms
         assert row.speedup_p20 <= row.speedup <= row.speedup_p80
         assert row.error <= measure.TOLERANCE[torch.float32]
     lines = (tmp_path / "run.csv").read_text().splitlines()
@@ -83,7 +92,7 @@ def test_a_wrong_kernel_is_refused(brief, monkeypatch, tmp_path, capsys, wrong):
     )
     results = load(tmp_path / "run.json")
     assert [refusal.provider for refusal in results.refused] == [OURS]
-    assert {row.provider for row in results.rows} == {"log space"}
+    assert {row.provider for row in results.rows} == {"time loop", "log space"}
     assert "refused" in capsys.readouterr().out
 
 
@@ -122,12 +131,13 @@ def test_list_and_a_pattern_that_matches_nothing(capsys):
     assert "no such case" in capsys.readouterr().err
 
 
-def test_speedups_pair_rounds():
-    def row(provider, samples, rounds):
-        return Row("c", "op", (1,), "float32", "op", provider, "forward", samples, rounds, flop=1, bytes=1, error=0.0)
+def test_speedups_are_taken_within_sweeps():
+    def row(provider, samples, sweeps):
+        return Row("c", "op", (1,), "float32", "op", provider, "forward", samples, sweeps, flop=1, bytes=1, error=0.0)
 
-    # The machine is ten times slower in round 1: the ratio of medians would be 2 / 1 or 20 / 1.
-    ours, slow, slower = row(OURS, [1.0, 10.0, 1.0], [0, 1, 2]), row("a", [2.0, 20.0], [0, 1]), row("b", [99.0], [0])
+    # The machine is ten times slower in sweep 1: the ratio of medians would be 11 / 1.
+    ours = row(OURS, [1.0, 1.0, 1.0, 10.0, 10.0], [0, 0, 0, 1, 1])
+    slow, slower = row("a", [2.0, 20.0], [0, 1]), row("b", [99.0], [0])
     add_speedups([ours, slow, slower])
     assert (ours.speedup_p20, ours.speedup, ours.speedup_p80) == (2.0, 2.0, 2.0)
     assert slow.speedup == 1.0 and slower.speedup == pytest.approx(2 / 99)
@@ -159,7 +169,7 @@ def test_a_modules_step_moves_no_weight():
         assert all(torch.equal(a, b) for a, b in zip(before, provider.run.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["accelerated-scan", "minGRU-pytorch", "mingru-scans"])
+@pytest.mark.parametrize("name", ["accelerated-scan ref", "minGRU-pytorch", "mingru-scans"])
 def test_peers_compute_the_same(name):
     provider = peers().get(name)
     if provider is None:
@@ -173,8 +183,8 @@ def test_cuda_clock_asks_triton(monkeypatch):
     testing = pytest.importorskip("triton.testing")
     calls = []
     for name in ("do_bench", "do_bench_cudagraph"):
-        monkeypatch.setattr(testing, name, lambda task, name=name, **options: calls.append((name, options)) or 1.5)
+        monkeypatch.setattr(testing, name, lambda task, name=name, **options: calls.append((name, options)) or [1.5])
     cuda = torch.device("cuda")
-    assert measure.clock(lambda: None, cuda, graph=False) == measure.clock(lambda: None, cuda, graph=True) == 1.5
+    assert measure.clock(lambda: None, cuda, graph=False) == measure.clock(lambda: None, cuda, graph=True) == [1.5]
     assert [name for name, _ in calls] == ["do_bench", "do_bench_cudagraph"]
-    assert all(options["return_mode"] == "median" for _, options in calls)
+    assert all(options["return_mode"] == "all" for _, options in calls)

@@ -103,7 +103,7 @@ def products(device: torch.device, dtype: torch.dtype) -> list[float]:
     # Large enough for the peak; without hardware for it a CPU takes seconds for a large 16-bit product.
     size = 4096 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
     a = torch.randn(size, size, device=device).to(dtype)
-    x = torch.randn(8, 128, 28, 28, device=device).to(dtype)
+    x = torch.randn(size // 128, 128, 28, 28, device=device).to(dtype)
     weight = torch.randn(128, 128, 3, 3, device=device).to(dtype)
     tasks: list[tuple[int, Callable[[], object]]] = [
         (2 * size**3, lambda: a @ a),

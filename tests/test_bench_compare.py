@@ -18,7 +18,7 @@ from bench.builds import Unusable
 pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).resolve().parents[1]
 STREAM = "streaming mingru (1, 1, 512) float32"
-SCAN = "log_scan (2, 64, 64, 14, 14) float32"
+SCAN = "log_scan (1, 32, 64, 14, 14) float32"
 EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"  # git knows it without a commit that has it
 
 

@@ -70,34 +70,34 @@ class Row:
 
     Attributes:
         case, what: as in the bench.
-        sittings: for each pair of processes its rounds; the first is the one that finds suspects.
+        series: for each pair of processes its rounds; the first is the one that finds suspects.
         problem: what kept it from being compared, one of PROBLEMS.
         note: the same in the words of the side that had it.
     """
 
     case: str
     what: str
-    sittings: list[list[Round]] = field(default_factory=list)
+    series: list[list[Round]] = field(default_factory=list)
     problem: str = ""
     note: str = ""
 
     @property
     def shown(self) -> list[Round]:
-        return list(chain(*self.sittings[1:])) or self.sittings[0]
+        return list(chain(*self.series[1:])) or self.series[0]
 
     @property
     def suspect(self) -> int:
         """1 or -1: the first look says slower or faster; every repetition so far says the same, and surely. 0: no."""
         if self.problem:
             return 0
-        first = beyond(statistics.median(ratios(self.sittings[0])))
-        return first if all(found_side(sitting) == first for sitting in self.sittings[1:]) else 0
+        first = beyond(statistics.median(ratios(self.series[0])))
+        return first if all(found_side(series) == first for series in self.series[1:]) else 0
 
     @property
     def verdict(self) -> str:
         if self.problem:
             return self.problem
-        if len(self.sittings) > REPETITIONS and self.suspect:
+        if len(self.series) > REPETITIONS and self.suspect:
             return "slower" if self.suspect > 0 else "faster"
         return "same" if found_side(self.shown) == 0 else "unclear"
 
@@ -177,7 +177,7 @@ class Comparison:
             self.sit([row for row in self.rows if row.suspect], effort=2)
 
     def sit(self, rows: list[Row], effort: int) -> None:
-        """Adds a sitting to ``rows``: a fresh pair of processes; the first one checks the results too."""
+        """Adds a series to ``rows``: a fresh pair of processes; the first one checks the results too."""
         if not rows:
             return
         with closing(self.worker(BASE)) as base, closing(self.worker(CURRENT)) as current:
@@ -213,7 +213,7 @@ class Comparison:
             if row.problem:
                 return
             found.append((replies[BASE]["ms"], replies[CURRENT]["ms"]))
-        row.sittings.append(found)
+        row.series.append(found)
 
     @staticmethod
     def note(row: Row, replies: dict[int, dict[str, Any]]) -> None:
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if comparison is None:
             return INTERRUPTED
         console.print("[bold yellow]interrupted: what was not reached is left out")
-    rows = [row for row in comparison.rows if row.problem or row.sittings]
+    rows = [row for row in comparison.rows if row.problem or row.series]
     save(OUTPUT, rows, base={"given": options.base, "commit": commit}, machine=stamp)
     console.print(table(rows))
     console.print(summary(rows), f"written: {OUTPUT}", sep="\n")

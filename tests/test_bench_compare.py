@@ -183,7 +183,7 @@ def test_two_processes_each_with_its_own_convrnn(package, tmp_path_factory, monk
     cases = {case.name: case for case in compare.all_cases()}
     comparison.run([cases[STREAM], cases[SCAN]])
     stream, *scan = comparison.rows
-    assert not stream.problem and all(0 < ms < 1000 for pair in stream.sittings[0] for ms in pair)
+    assert not stream.problem and all(0 < ms < 1000 for pair in stream.series[0] for ms in pair)
     assert {row.verdict for row in scan} == {"not in base"} and "parallel_scan_log" in scan[0].note
 
 

@@ -55,7 +55,7 @@ class Uncountable(Exception):
 
 @dataclass(frozen=True)
 class Count:
-    """Instructions of one pass of one case, and the elements of the case's output."""
+    """Instructions of one pass of one case, and the elements of the case's outputs."""
 
     case: str
     what: str
@@ -111,12 +111,12 @@ def small_cases() -> Iterator[Case]:
 
 
 def passes(cases: list[Case]) -> Iterator[tuple[Case, str, measure.Task, int]]:
-    """Each pass of the cases, prepared, with the number of elements of its case's output."""
+    """Each pass of the cases, prepared, with the number of elements of its case's outputs."""
     for case in cases:
         problem = case.problem(torch.device("cpu"))
         provider = problem.providers[OURS]
         with torch.inference_mode():
-            elements = provider.run(*problem.inputs).numel()
+            elements = sum(out.numel() for out in measure.outputs(provider.run(*problem.inputs)))
         for what in STREAM if case.passes == STREAM else ("forward", "backward"):
             yield case, what, measure.task(what, provider, problem), elements
 

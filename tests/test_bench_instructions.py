@@ -131,3 +131,9 @@ def test_a_case_is_counted():
     assert [(row.what, row.elements) for row in found.counts] == [("forward", 131072), ("backward", 131072)]
     # no fewer than the vectors' loads and stores, no more than scalar code
     assert all(1 < row.per_element < 200 for row in found.counts)
+
+
+def test_every_small_case_can_be_prepared():
+    prepared = [(case.name, what, elements) for case, what, _, elements in instructions.passes(list(small_cases()))]
+    assert len(prepared) == 20
+    assert all(elements > 0 for _, _, elements in prepared)

@@ -4,7 +4,6 @@ Every provider is checked against float64 before it is timed; a wrong one is ref
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 
 from . import machine, pictures, report
-from .cases import all_cases
+from .cases import select
 from .run import EFFORTS, Bench
 
 LATEST = machine.ROOT / "bench" / "results" / "latest"
@@ -39,11 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     effort = EFFORTS[options.effort or "default"]
-    cases = [
-        case
-        for case in all_cases()
-        if re.search(options.only, case.name) and (options.only or effort.exhaustive or not case.exhaustive)
-    ]
+    cases = select(options.only, effort.exhaustive)
     if options.list:
         print(*(case.name for case in cases), sep="\n")
         return 0

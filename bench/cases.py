@@ -1,5 +1,6 @@
 """The list of cases: shapes from the re-created projects' documents, from video practice and from text."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,11 @@ STUDY = ("forward", "step")  # what a study of cost against one axis times
 def all_cases() -> list[Case]:
     """Every case, in the order of the table."""
     return [*ops(), *modules(), *streaming(), *studies()]
+
+
+def select(only: str, exhaustive: bool) -> list[Case]:
+    """Cases whose name matches the pattern ``only``; the exhaustive ones too where asked to, or where there is a pattern."""
+    return [c for c in all_cases() if re.search(only, c.name) and (only or exhaustive or not c.exhaustive)]
 
 
 def ops() -> Iterator[Case]:

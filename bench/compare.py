@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from rich.text import Text
 from . import builds, machine
 from .builds import Unusable
 from .case import Case
-from .cases import all_cases
+from .cases import select
 
 WORKER = Path(__file__).with_name("worker.py")
 OUTPUT = machine.ROOT / "bench" / "results" / "latest" / "compare.json"
@@ -283,8 +282,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def choose(only: str, quick: bool) -> list[Case]:
-    found = [case for case in all_cases() if re.search(only, case.name) and (only or not case.exhaustive)]
-    found = [case for case in found if not quick or case.group in ("op", "streaming")]
+    found = [case for case in select(only, exhaustive=False) if not quick or case.group in ("op", "streaming")]
     if not found:
         raise Unusable(f"--only: no case matches {only!r}; python -m bench --list names them")
     return found

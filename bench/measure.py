@@ -26,9 +26,8 @@ SLOW_MS = 100  # a call that takes longer has one turn in a sweep
 def parameters(run: Run) -> dict[str, Tensor]:
     if not isinstance(run, nn.Module):
         return {}
-    return {
-        name.removeprefix("_orig_mod."): weight for name, weight in run.named_parameters()
-    }  # torch.compile's prefix
+    # torch.compile puts a prefix before the names
+    return {name.removeprefix("_orig_mod."): weight for name, weight in run.named_parameters()}
 
 
 def leaves(problem: Problem) -> list[Tensor]:

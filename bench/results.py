@@ -95,9 +95,6 @@ class Results:
     def peak_share(self, row: Row) -> float:
         return row.gflop_s / self.peaks[row.dtype]
 
-    def find(self, case: str, provider: str, what: str) -> Row | None:
-        return next((r for r in self.rows if (r.case, r.provider, r.what) == (case, provider, what)), None)
-
     def save(self, path: Path) -> None:
         """Writes ``path`` (JSON) and, beside it, the same table as CSV."""
         path.parent.mkdir(parents=True, exist_ok=True)

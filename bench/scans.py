@@ -52,12 +52,16 @@ def log_scan(*shape: int, dtype: torch.dtype = torch.float32, **options: object)
     def build(device: torch.device, dtype: torch.dtype) -> Problem:
         log_a = -F.softplus(torch.randn(shape, device=device)).to(dtype)
         log_b = torch.randn(batch, steps + 1, *rest, device=device).to(dtype)
+
+        def loop(log_a: Tensor, log_b: Tensor) -> Tensor:
+            return reference.log_scan(log_a, log_b).exp()
+
         return Problem(
             [log_a, log_b],
-            lambda log_a, log_b: reference.log_scan(log_a, log_b).exp(),
+            loop,
             {
                 OURS: Provider(convrnn.parallel_scan_log),
-                "time loop": Provider(lambda log_a, log_b: reference.log_scan(log_a, log_b).exp()),
+                "time loop": Provider(loop),
                 "log space": Provider(log_space_scan, tolerance=LOG_SPACE_TOLERANCE),
             },
         )

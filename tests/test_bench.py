@@ -11,7 +11,7 @@ from torch import nn
 
 import convrnn
 from bench import __main__ as cli
-from bench import measure, run
+from bench import cases, measure, run
 from bench.case import OURS
 from bench.cases import all_cases
 from bench.providers import Provider, equal_gru, log_space, peers
@@ -34,7 +34,7 @@ def threads():
 @pytest.fixture
 def brief(monkeypatch):
     """Two small cases, two rounds, no pinning of this process."""
-    monkeypatch.setattr(cli, "all_cases", lambda: [TINY, mingru(1, 1, 3)])
+    monkeypatch.setattr(cases, "all_cases", lambda: [TINY, mingru(1, 1, 3)])
     monkeypatch.setattr(cli.machine, "prepare", torch.set_num_threads)
     monkeypatch.setattr(cli.machine, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(measure, "BLOCK_S", 1e-4)

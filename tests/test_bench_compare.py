@@ -14,6 +14,7 @@ import convrnn
 pytest.importorskip("rich")
 from bench import builds, compare
 from bench.builds import Unusable
+from bench.cases import all_cases
 
 pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,7 +181,7 @@ def test_two_processes_each_with_its_own_convrnn(package, tmp_path_factory, monk
     with (older / "convrnn" / "__init__.py").open("a") as file:
         file.write("\ndel parallel_scan_log\n")
     comparison = compare.Comparison(older, package, "cpu", 1, lambda text: None)
-    cases = {case.name: case for case in compare.all_cases()}
+    cases = {case.name: case for case in all_cases()}
     comparison.run([cases[STREAM], cases[SCAN]])
     stream, *scan = comparison.rows
     assert not stream.problem and all(0 < ms < 1000 for pair in stream.series[0] for ms in pair)

@@ -25,10 +25,13 @@
 // The iterations of the next loop are independent: the pointers of a kernel never overlap except lane for lane.
 #if defined(__clang__)
 #define CONVRNN_LANES _Pragma("clang loop vectorize(assume_safety)")
+#define CONVRNN_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__)
 #define CONVRNN_LANES _Pragma("GCC ivdep")
+#define CONVRNN_UNROLL _Pragma("GCC unroll 16")
 #else
 #define CONVRNN_LANES
+#define CONVRNN_UNROLL
 #endif
 
 namespace convrnn {

@@ -1,0 +1,205 @@
+#include "convolution.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+
+#include "winograd.h"
+
+namespace convrnn {
+
+using winograd::kProducts;
+using winograd::plane_size;
+using winograd::tiles;
+
+namespace {
+
+constexpr int64_t kTiles = 64;  // that are transformed at a time: their products stay in the second-level cache
+
+}  // namespace
+
+// Output lanes as panels: within one gate, or over all of them.
+std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks) {
+  std::vector<Panel> panels;
+  for (int64_t gate = 0; gate < gates; ++gate) {
+    for (int64_t block = 0; block < padded(lanes) / kBlock; block += most_blocks) {
+      panels.push_back({gate, block * kBlock, std::min(most_blocks, padded(lanes) / kBlock - block)});
+    }
+  }
+  return panels;
+}
+
+Frame::Frame(const Size& size, const std::vector<Size>& kernels) : size(size), top(0), left(0) {
+  for (const Size& kernel : kernels) {
+    top = std::max(top, kernel.height / 2);
+    left = std::max(left, kernel.width / 2);
+  }
+  // A last tile that is half outside reads and, in a weight gradient, covers one pixel more.
+  height = size.height + 2 * top + size.height % 2;
+  width = size.width + 2 * left + size.width % 2;
+}
+
+ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out)
+    : frame(frame), kernel(kernel), in(in), out(out) {
+  const int64_t odd = flipped ? 0 : 1;
+  before = {(kernel.depth - odd) / 2, (kernel.height - odd) / 2, (kernel.width - odd) / 2};
+}
+
+bool ConvShape::winograd() const {
+  const Size& size = frame.size;
+  if (kernel.depth != 1 || kernel.height != 3 || kernel.width != 3 || size.depth != 1 || in.total() < kBlock / 2) {
+    return false;
+  }
+  // Products of the two methods; the transforms cost about a quarter of those they come with.
+  return kProducts * tiles(size.height) * tiles(size.width) * 5 / 4 < 3 * (3 * size.height - 2) * size.width;
+}
+
+int64_t ConvShape::first_tap() const {
+  return std::max<int64_t>(0, before.width - (frame.size.width - 1));
+}
+
+int64_t ConvShape::last_tap() const {
+  return std::min(kernel.width - 1, before.width + frame.size.width - 1);
+}
+
+template <class A>
+template <class T>
+Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
+    : shape_(shape), winograd_(shape.winograd()) {
+  const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
+  panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
+  panel_size_ = (winograd_ ? kProducts : taps) * lanes * kBlock;
+  std::vector<int64_t> offsets;
+  for (const Panel& panel : panels_) {
+    offsets.push_back(packed_size_);
+    packed_size_ += panel.blocks * panel_size_;
+  }
+  packed_ = Buffer<A>(packed_size_);
+  torch::stable::parallel_for(0, static_cast<int64_t>(panels_.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> w(taps * panel_width());
+    for (int64_t index = begin; index < end; ++index) {
+      const Panel& panel = panels_[index];
+      const int64_t width = panel.blocks * kBlock;
+      const int64_t first = panel.gate * shape.out.count + panel.channel;
+      const int64_t count = std::min(width, shape.out.count - panel.channel);
+      A* packed = packed_.data() + offsets[index];
+      for (int64_t lane = 0; lane < lanes; ++lane, packed += width) {
+        const int64_t gate = lane / shape.in.pitch, channel = lane % shape.in.pitch;
+        std::fill(w.begin(), w.end(), A(0));
+        if (channel < shape.in.count) {
+          const T* from = weights.data + first * weights.n + (gate * shape.in.count + channel) * weights.k;
+          for (int64_t n = 0; n < count; ++n) {
+            for (int64_t tap = 0; tap < taps; ++tap) {
+              w[tap * width + n] = static_cast<A>(from[n * weights.n + tap * weights.tap]);
+            }
+          }
+        }
+        if (winograd_) {
+          run<winograd::Weight<A>>(w.data(), packed, lanes * width, width);
+        } else {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            std::copy_n(w.data() + tap * width, width, packed + tap * lanes * width);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class A>
+int64_t Convolution<A>::scratch_size() const {
+  if (!winograd_) {
+    return 0;
+  }
+  const int64_t most = std::max(kTiles, tiles(shape_.frame.size.width));
+  return kProducts * (plane_size(most, shape_.in.lanes()) + plane_size(most, panel_width()));
+}
+
+template <class A>
+void Convolution<A>::operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
+  if (winograd_) {
+    return winograd(frame, part, out, gate_step, scratch);
+  }
+  const A* weights = packed_.data();
+  for (const Panel& panel : panels_) {
+    if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
+      direct(frame, part, panel, weights, out + panel.gate * gate_step + panel.channel);
+    }
+    weights += panel.blocks * panel_size_;
+  }
+}
+
+template <class A>
+void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const {
+  const Size &size = shape_.frame.size, &kernel = shape_.kernel;
+  const int64_t lanes = shape_.in.lanes(), pixel = shape_.in.pixel, width = panel.blocks * kBlock;
+  const int64_t first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
+  const bool dense = lanes == pixel;  // a row's taps follow one another as its pixels do: one long product
+  std::vector<Factors<A>> factors;
+  for (int64_t row = part.row_begin; row < part.row_end; ++row, out += size.width * shape_.out.pixel) {
+    factors.clear();
+    for (int64_t kd = 0; kd < kernel.depth; ++kd) {
+      const int64_t depth = row / size.height + kd - shape_.before.depth;
+      for (int64_t kh = 0; kh < kernel.height; ++kh) {
+        const int64_t y = row % size.height + kh - shape_.before.height;
+        if (depth < 0 || depth >= size.depth || y < 0 || y >= size.height) {
+          continue;
+        }
+        const int64_t tap = (kd * kernel.height + kh) * kernel.width + first;
+        const A* from = frame + (shape_.frame.pixel(depth, y) + first - shape_.before.width) * pixel;
+        for (int64_t kw = 0; kw < (dense ? 1 : taps); ++kw) {
+          factors.push_back({from + kw * pixel, weights + (tap + kw) * lanes * width});
+        }
+      }
+    }
+    multiply(factors.data(), static_cast<int64_t>(factors.size()), dense ? taps * lanes : lanes, size.width,
+             panel.blocks, {pixel, 1, width, shape_.out.pixel}, out, false);
+  }
+}
+
+template <class A>
+void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
+  const Size& size = shape_.frame.size;
+  const int64_t lanes = shape_.in.lanes(), in_row = shape_.frame.width * shape_.in.pixel;
+  const int64_t out_row = size.width * shape_.out.pixel;
+  const int64_t across = tiles(size.width);
+  const int64_t most_rows = std::max<int64_t>(1, kTiles / across);
+  for (int64_t begin = part.row_begin; begin < part.row_end; begin += 2 * most_rows) {
+    const int64_t end = std::min(part.row_end, begin + 2 * most_rows), count = tiles(end - begin) * across;
+    const int64_t plane = plane_size(count, lanes);
+    A *inputs = scratch, *products = scratch + kProducts * plane;
+    for (int64_t row = begin, tile = 0; row < end; row += 2, tile += across) {
+      run<winograd::Input<A>>(frame + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
+                              inputs + tile * lanes, plane, across, lanes);
+    }
+    const A* weights = packed_.data();
+    for (const Panel& panel : panels_) {
+      const int64_t width = panel.blocks * kBlock, product_plane = plane_size(count, width);
+      if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
+        for (int64_t product = 0; product < kProducts; ++product) {
+          const Factors<A> factors{inputs + product * plane, weights + product * lanes * width};
+          multiply(&factors, 1, lanes, count, panel.blocks, {lanes, 1, width, width}, products + product * product_plane,
+                   false);
+        }
+        A* to = out + panel.gate * gate_step + (begin - part.row_begin) * out_row + panel.channel;
+        for (int64_t row = begin, tile = 0; row < end; row += 2, tile += across, to += 2 * out_row) {
+          run<winograd::Output<A>>(products + tile * width, product_plane, to, out_row, shape_.out.pixel, across, width,
+                                   size.width % 2 == 1, row + 1 == size.height);
+        }
+      }
+      weights += panel.blocks * panel_size_;
+    }
+  }
+}
+
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const float>&);
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::BFloat16>&);
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::Half>&);
+template Convolution<double>::Convolution(const ConvShape&, const Weights<const double>&);
+template class Convolution<float>;
+template class Convolution<double>;
+
+}  // namespace convrnn

@@ -1,0 +1,126 @@
+// 'Same' convolutions of GRU-RCN over frames in a padded channels-last buffer: forward, which with flipped weights is the
+// data gradient too, and weight gradient. Two methods, both sums of small matrix products (product.h):
+//
+//   direct    a row of pixels times the weights of those rows of the kernel that lie inside the frame;
+//   Winograd  F(2x2, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36.
+//
+// A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
+// An infinity in a frame makes NaN of the whole tile that it is read with, where the definition would not.
+// Source of Winograd's method: Lavin & Gray 2015, arXiv 1509.09308.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "product.h"
+
+namespace convrnn {
+
+constexpr int64_t padded(int64_t channels) {
+  return (channels + kBlock - 1) / kBlock * kBlock;
+}
+
+struct Size {
+  int64_t depth, height, width;
+  int64_t rows() const {
+    return depth * height;
+  }
+  int64_t pixels() const {
+    return rows() * width;
+  }
+};
+
+// A frame with zeros around its planes, as many as all kernels and both methods read.
+struct Frame {
+  Size size;
+  int64_t top, left, height, width;  // of a plane with its zeros
+
+  Frame(const Size& size, const std::vector<Size>& kernels);
+  int64_t pixels() const {
+    return size.depth * height * width;
+  }
+  // The pixel at the start of a row; the row may lie in the zeros above or below a plane of its depth.
+  int64_t pixel(int64_t depth, int64_t row) const {
+    return (depth * height + row + top) * width + left;
+  }
+  int64_t pixel(int64_t row) const {
+    return pixel(row / size.height, row % size.height);
+  }
+};
+
+// `gates` groups of `count` channels, `pitch` lanes from group to group and `pixel` lanes from pixel to pixel.
+struct Channels {
+  int64_t gates, count, pitch, pixel;
+  int64_t lanes() const {
+    return (gates - 1) * pitch + count;
+  }
+  int64_t total() const {
+    return gates * count;
+  }
+};
+
+// Weight (n, k, tap) of output channel n and input channel k, taps in row-major order. Flipped for a data gradient.
+template <class T>
+struct Weights {
+  T* data;
+  int64_t n, k, tap;  // strides
+};
+
+struct ConvShape {
+  Frame frame;
+  Size kernel;
+  Size before;  // zeros before the frame: of an even kernel's zeros the odd one comes last, with flipped weights first
+  Channels in, out;
+
+  bool winograd() const;
+  ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out);
+
+  // Taps along the width that meet the frame at all: a frame narrower than the kernel misses some everywhere.
+  int64_t first_tap() const;
+  int64_t last_tap() const;
+};
+
+// Columns of `multiply`: blocks of output lanes that begin at `channel` of `gate`.
+struct Panel {
+  int64_t gate, channel, blocks;
+};
+
+// Rows and output channels of every gate that one task computes; channel_begin is a multiple of the panel's width.
+struct Part {
+  int64_t row_begin, row_end, channel_begin, channel_end;
+};
+
+std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks);
+
+template <class A>
+class Convolution {
+ public:
+  // Packs the weights, which is done once for all frames.
+  template <class T>
+  Convolution(const ConvShape& shape, const Weights<const T>& weights);
+
+  // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kBlock.
+  // `frame` is a padded frame, `scratch` has scratch_size() elements.
+  void operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
+  int64_t scratch_size() const;
+  int64_t panel_width() const {
+    return panel_blocks<A>() * kBlock;
+  }
+  int64_t packed_bytes() const {
+    return packed_size_ * static_cast<int64_t>(sizeof(A));
+  }
+
+ private:
+  void direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const;
+  void winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
+
+  ConvShape shape_;
+  bool winograd_;
+  int64_t panel_size_;  // packed elements of a panel of one block
+  std::vector<Panel> panels_;
+  int64_t packed_size_ = 0;
+  Buffer<A> packed_;
+};
+
+}  // namespace convrnn

@@ -1,0 +1,198 @@
+#include "weight_gradient.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "winograd.h"
+
+namespace convrnn {
+
+using winograd::kProducts;
+using winograd::plane_size;
+using winograd::tiles;
+
+namespace {
+
+// Winograd's sums of a weight gradient come in squares of so many input and output lanes: with the tiles of some rows they
+// take half a megabyte.
+constexpr int64_t kSquare = 64, kGradientTiles = 64;
+
+int64_t squares(int64_t lanes) {
+  return (lanes + kSquare - 1) / kSquare;
+}
+
+}  // namespace
+
+template <class A>
+WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames)
+    : shape_(shape),
+      first_lane_(first_lane),
+      columns_(shape.out.gates * shape.out.pitch),
+      winograd_(shape.winograd()),
+      panels_(make_panels(1, columns_, panel_blocks<A>())) {
+  const int64_t lanes = shape.in.lanes();
+  if (winograd_) {
+    units_ = squares(lanes) * squares(columns_);
+    size_ = units_ * kProducts * kSquare * kSquare;
+  } else {
+    units_ = shape.kernel.depth * shape.kernel.height * static_cast<int64_t>(panels_.size());
+    size_ = shape.kernel.pixels() * lanes * columns_;
+  }
+  constexpr int64_t kTasks = 16, kBytes = 16 << 20;  // wanted, and what the groups' sums may take
+  const int64_t most = std::max<int64_t>(1, kBytes / (size_ * static_cast<int64_t>(sizeof(A))));
+  groups_ = std::min({(kTasks + units_ - 1) / units_, most, frames});
+  sums_ = Buffer<A>(groups_ * size_);
+  std::fill_n(sums_.data(), groups_ * size_, A(0));
+}
+
+template <class A>
+int64_t WeightGradient<A>::scratch_size() const {
+  return winograd_ ? 2 * kProducts * plane_size(std::max(kGradientTiles, tiles(shape_.frame.size.width)), kSquare) : 0;
+}
+
+template <class A>
+void WeightGradient<A>::add(int64_t task, const A* const* inputs, const A* const* gradients, int64_t frames, A* scratch) {
+  const int64_t group = task / units_, unit = task % units_;
+  const int64_t begin = group * frames / groups_, count = (group + 1) * frames / groups_ - begin;
+  A* sums = sums_.data() + group * size_;
+  if (winograd_) {
+    winograd(unit, inputs + begin, gradients + begin, count, sums + unit * kProducts * kSquare * kSquare, scratch);
+  } else {
+    direct(unit, inputs + begin, gradients + begin, count, sums);
+  }
+}
+
+// A row of the kernel and a panel, over all rows of the frames.
+template <class A>
+void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames,
+                               A* sums) const {
+  const Size &size = shape_.frame.size, &kernel = shape_.kernel;
+  const Panel& panel = panels_[unit % panels_.size()];
+  const int64_t kernel_row = unit / static_cast<int64_t>(panels_.size());
+  const int64_t kd = kernel_row / kernel.height - shape_.before.depth;
+  const int64_t kh = kernel_row % kernel.height - shape_.before.height;
+  const int64_t first = shape_.first_tap(), taps = shape_.last_tap() - first + 1, lanes = shape_.in.lanes();
+  const bool dense = lanes == shape_.in.pixel;
+  std::vector<Factors<A>> factors;
+  for (int64_t kw = 0; kw < (dense ? 1 : taps); ++kw) {
+    factors.clear();
+    for (int64_t f = 0; f < frames; ++f) {
+      for (int64_t row = 0; row < size.rows(); ++row) {
+        const int64_t depth = row / size.height + kd, y = row % size.height + kh;
+        if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
+          const int64_t from = shape_.frame.pixel(depth, y) + first + kw - shape_.before.width;
+          factors.push_back({inputs[f] + from * shape_.in.pixel,
+                             gradients[f] + shape_.frame.pixel(row) * shape_.out.pixel + first_lane_ + panel.channel});
+        }
+      }
+    }
+    const int64_t tap = kernel_row * kernel.width + first + kw;
+    multiply(factors.data(), static_cast<int64_t>(factors.size()), size.width, dense ? taps * lanes : lanes, panel.blocks,
+             {1, shape_.in.pixel, shape_.out.pixel, columns_}, sums + tap * lanes * columns_ + panel.channel, true);
+  }
+}
+
+// A square of sums, some rows of tiles of a frame at a time.
+template <class A>
+void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
+                                 A* scratch) const {
+  const Frame& frame = shape_.frame;
+  const int64_t across = tiles(frame.size.width), down = tiles(frame.size.height), pixel = shape_.out.pixel;
+  const int64_t k = unit / squares(columns_) * kSquare, column = unit % squares(columns_) * kSquare;
+  const int64_t lanes = std::min(kSquare, shape_.in.lanes() - k), width = std::min(kSquare, columns_ - column);
+  const int64_t rows = std::max<int64_t>(1, kGradientTiles / across), blocks = panel_blocks<A>();
+  for (int64_t row = 0; row < frames * down; row += rows) {  // through all frames
+    const int64_t count = std::min(rows, frames * down - row) * across;
+    const int64_t x_plane = plane_size(count, lanes), dy_plane = plane_size(count, width);
+    A *x = scratch, *dy = scratch + kProducts * x_plane;
+    for (int64_t i = 0; i < count / across; ++i) {
+      const int64_t f = (row + i) / down, y = 2 * ((row + i) % down);
+      run<winograd::Input<A>>(inputs[f] + (frame.pixel(0, y - 1) - 1) * shape_.in.pixel + k, frame.width * shape_.in.pixel,
+                              shape_.in.pixel, x + i * across * lanes, x_plane, across, lanes);
+      run<winograd::Gradient<A>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
+                                 pixel, dy + i * across * width, dy_plane, across, width);
+    }
+    for (int64_t product = 0; product < kProducts; ++product) {
+      for (int64_t n = 0; n < width; n += blocks * kBlock) {
+        const Factors<A> factors{x + product * x_plane, dy + product * dy_plane + n};
+        multiply(&factors, 1, count, lanes, std::min(blocks, (width - n) / kBlock), {1, lanes, width, kSquare},
+                 sums + product * kSquare * kSquare + n, true);
+      }
+    }
+  }
+}
+
+template <class A>
+const A* WeightGradient<A>::sums_at(int64_t k, int64_t column, int64_t& plane) const {
+  if (winograd_) {
+    plane = kSquare * kSquare;
+    const int64_t unit = k / kSquare * squares(columns_) + column / kSquare;
+    return sums_.data() + unit * kProducts * plane + k % kSquare * kSquare + column % kSquare;
+  }
+  plane = shape_.in.lanes() * columns_;
+  return sums_.data() + k * columns_ + column;
+}
+
+template <class A>
+template <class T>
+void WeightGradient<A>::write(const Weights<T>& weights) const {
+  const int64_t taps = shape_.kernel.pixels(), planes = winograd_ ? kProducts : taps;
+  torch::stable::parallel_for(0, shape_.in.count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> total(planes * kBlock), block(taps * kBlock);
+    for (int64_t k = begin; k < end; ++k) {
+      for (int64_t column = 0; column < columns_; column += kBlock) {
+        int64_t plane = 0;
+        const A* sums = sums_at(k, column, plane);
+        std::fill(total.begin(), total.end(), A(0));
+        for (int64_t group = 0; group < groups_; ++group) {
+          for (int64_t i = 0; i < planes * kBlock; ++i) {
+            total[i] += sums[group * size_ + i / kBlock * plane + i % kBlock];
+          }
+        }
+        if (winograd_) {
+          run<winograd::WeightGradient<A>>(total.data(), kBlock, block.data(), kBlock);
+        }
+        const A* from = winograd_ ? block.data() : total.data();
+        const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
+        T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;
+        for (int64_t n = 0; n < std::min(kBlock, shape_.out.count - channel); ++n) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            to[n * weights.n + tap * weights.tap] = static_cast<T>(from[tap * kBlock + n]);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class A>
+void add_pixels(const Frame& frame, const A* from, int64_t lanes, double* sums) {
+  for (int64_t row = 0; row < frame.size.rows(); ++row) {
+    for (int64_t block = 0; block < lanes; block += kBlock) {
+      A part[kBlock] = {};
+      const A* pixel = from + frame.pixel(row) * lanes + block;
+      for (int64_t x = 0; x < frame.size.width; ++x, pixel += lanes) {
+        for (int64_t i = 0; i < kBlock; ++i) {
+          part[i] += pixel[i];
+        }
+      }
+      for (int64_t i = 0; i < kBlock; ++i) {
+        sums[block + i] += part[i];
+      }
+    }
+  }
+}
+
+template void add_pixels(const Frame&, const float*, int64_t, double*);
+template void add_pixels(const Frame&, const double*, int64_t, double*);
+template void WeightGradient<float>::write(const Weights<float>&) const;
+template void WeightGradient<float>::write(const Weights<c10::BFloat16>&) const;
+template void WeightGradient<float>::write(const Weights<c10::Half>&) const;
+template void WeightGradient<double>::write(const Weights<double>&) const;
+template class WeightGradient<float>;
+template class WeightGradient<double>;
+
+}  // namespace convrnn

@@ -1,0 +1,48 @@
+// Gradients of a convolution's weights and bias.
+#pragma once
+
+#include "convolution.h"
+
+namespace convrnn {
+
+// Gradient of the weights, summed over any number of frames. The sums are split by the shape alone, so that threads change
+// no bit: into blocks of weights, each worked on where tiles and sums stay in the second-level cache, and, where these are
+// few, into groups of frames.
+template <class A>
+class WeightGradient {
+ public:
+  // Of the output's gradient, lanes [first_lane, first_lane + out.gates * out.pitch) belong to this convolution.
+  // `frames` is the number that `add` is given at once.
+  WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames);
+
+  // Adds frames in independent tasks. `scratch` has scratch_size() elements.
+  int64_t tasks() const {
+    return groups_ * units_;
+  }
+  int64_t scratch_size() const;
+  void add(int64_t task, const A* const* inputs, const A* const* gradients, int64_t frames, A* scratch);
+
+  // Writes the sums as weights of any dtype.
+  template <class T>
+  void write(const Weights<T>& weights) const;
+
+ private:
+  void direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums) const;
+  void winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
+                A* scratch) const;
+  // Sums of weights of input lane k and kBlock output lanes from `column` on, and the distance from tap to tap (direct) or
+  // from product to product.
+  const A* sums_at(int64_t k, int64_t column, int64_t& plane) const;
+
+  ConvShape shape_;
+  int64_t first_lane_, columns_, units_, groups_, size_;  // size_: sums of a group
+  bool winograd_;
+  std::vector<Panel> panels_;
+  Buffer<A> sums_;
+};
+
+// Adds to sums[lanes] all pixels of a padded frame, `lanes` a multiple of kBlock.
+template <class A>
+void add_pixels(const Frame& frame, const A* from, int64_t lanes, double* sums);
+
+}  // namespace convrnn

@@ -37,6 +37,7 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
         return [
             (randn(2, 3, 2, 4, 5), None, *weights, None),
             (randn(3, 2, 2, 4, 5).transpose(0, 1), randn(2, 3, 4, 5), *weights, randn(9)),
+            (randn(2, 3, 2, 4, 5), None, randn(9, 2, 2, 3), randn(6, 3, 3, 4), randn(3, 3, 1, 2), randn(9), False),
             (randn(2, 3, 2, 4), None, randn(9, 2, 3), randn(6, 3, 1), randn(3, 3, 3), randn(9)),
             (randn(2, 3, 2, 5, 1), randn(2, 3, 5, 1), randn(9, 2, 1, 3), randn(6, 3, 1, 3), randn(3, 3, 1, 3), None),
         ]
@@ -60,7 +61,8 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
             samples.append((*upstream, arguments[2], outputs[0], arguments[3]))
         else:
             out, _, gates = outputs
+            bias = arguments[5] if gates.numel() == 0 else None
             masks = [True] * 6, [False, True, False, True, False, False], [True, False, False, True, True, True]
             for mask in masks:
-                samples.append((upstream[0], None, *arguments[:5], out, gates, mask))
+                samples.append((upstream[0], None, *arguments[:5], out, gates, mask, bias))
     return samples

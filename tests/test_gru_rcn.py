@@ -55,6 +55,79 @@ def test_frame_sizes(size, device):
     check_against_reference(gru_rcn, reference.gru_rcn, make(size=size, device=device))
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "channels", "size"),
+    [
+        (2, (5, 32), (8, 8)),
+        (3, (16, 16), (7, 7)),  # the last tiles are half outside the frame
+        (1, (12, 20), (5, 9)),  # channels that fill no block; rows are shared by the threads
+        (2, (9, 48), (6, 13)),
+        (5, (3, 33), (13, 4)),
+        (1, (64, 64), (28, 28)),
+        (2, (8, 8), (2, 2)),  # too small for tiles
+        (1, (16, 160), (14, 14)),  # channels are shared by the threads
+    ],
+    ids=str,
+)
+def test_tiles_of_pixels(batch, channels, size, dtype):
+    """Sizes at which the CPU multiplies transformed tiles, and their neighbours."""
+    inputs = make(batch, 2, channels, size, bias=True, dtype=dtype)
+    scale = [1, 1, *(3 / weight[0].numel() ** 0.5 for weight in inputs[2:5]), 1]  # as layers are at their start
+    inputs = [x * s for x, s in zip(inputs, scale, strict=True)]
+    check_against_reference(gru_rcn, reference.gru_rcn, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("h0", [False, True], ids=["no_h0", "h0"])
+def test_recomputed_activations_are_those_kept(h0, dtype, device):
+    arguments = make(3, 5, (8, 16), (6, 7), h0=h0, bias=True, device=device, dtype=dtype)
+    found = []
+    for recompute in (False, True):
+        leaves = [a if a is None else a.clone().requires_grad_() for a in arguments]
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x.numel()) or x, lambda x: x):
+            out, h_n = gru_rcn(*leaves, recompute=recompute)
+        gradients = torch.autograd.grad(out.sum() + h_n.square().sum(), [x for x in leaves if x is not None])
+        found.append((sum(saved), out, h_n, *gradients))
+    (kept, *expected), (without, *actual) = found
+    assert kept - without >= 3 * expected[0].numel() - 3 * 16
+    for a, b in zip(actual, expected, strict=True):
+        # the state of a later step is read back in 16 bits where they are computed again
+        torch.testing.assert_close(
+            a, b, rtol=0, atol=(0.05 if dtype == torch.bfloat16 else 1e-5) * b.abs().max().item()
+        )
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("channels", "size"), [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((4, 8), (2, 5, 6))], ids=str
+)
+def test_threads_do_not_change_a_bit(channels, size, batch):
+    """Whether threads take whole samples or share rows and channels follows from their number."""
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 4, 5):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        leaves = [x.requires_grad_() for x in make(batch, 3, channels, size, bias=True)]
+        out, h_n = gru_rcn(*leaves)
+        results.append((out, h_n, *torch.autograd.grad(out.square().sum() + h_n.sum(), leaves)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_inference_gives_the_same_states(device):
+    arguments = make(3, 4, (8, 16), (6, 7), bias=True, device=device)
+    with torch.inference_mode():
+        states = gru_rcn(*arguments)
+    for x, y in zip(states, gru_rcn(*(a.requires_grad_() for a in arguments)), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 3), (3, 1)])
 def test_one_sample_and_one_step(batch, steps, device):
     for h0 in (False, True):
@@ -165,6 +238,7 @@ def test_double_backward_says_no(device):
         (TypeError, "U must", 3, lambda w: w.bfloat16()),
         (ValueError, "C must", 4, lambda w: w[:, 1:]),
         (ValueError, "C must", 4, lambda w: w[0]),
+        (ValueError, "U must", 3, lambda w: w[..., :0]),
         (ValueError, "bias must", 5, lambda b: b[1:]),
         (TypeError, "bias must", 5, lambda b: b.double()),
     ],

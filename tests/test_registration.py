@@ -94,7 +94,7 @@ def test_outputs_share_no_memory(op, device):
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "gru_rcn"])
 def test_threads_do_not_change_a_bit(op, device):
-    """GRU-RCN is left out: the library sums its convolutions' weight gradients in an order that depends on threads."""
+    """GRU-RCN has a test of its own: on the GPU's path a library sums its weight gradients in an order of its own."""
     before = torch.get_num_threads()
     for name, samples in ((op, forward_samples), (f"{op}_backward", backward_samples)):
         for arguments in samples(op, device):
@@ -135,7 +135,7 @@ def test_compile_fullgraph(op, dynamic, device):
         expected.backward()
         got.backward()
         for a, b in zip(eager, traced, strict=True):
-            if a is not None:
+            if isinstance(a, torch.Tensor):
                 torch.testing.assert_close(b.grad, a.grad)
 
 

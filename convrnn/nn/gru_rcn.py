@@ -27,6 +27,8 @@ class GRU_RCN(nn.Module):
         kernel_size: size of every kernel, an int or (kh, kw).
         batch_first: True for sequences (B, L, ...), False for (L, B, ...).
         bias: learn a bias for each of z, r and c; it starts at zero.
+        recompute: in training keep the states alone and compute z, r and c again in backward: a quarter of the memory
+            of hidden size, for about another forward pass of time.
         device: where the parameters live.
         dtype: their dtype.
 
@@ -56,6 +58,7 @@ class GRU_RCN(nn.Module):
         batch_first: bool = True,
         *,
         bias: bool = False,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,6 +67,7 @@ class GRU_RCN(nn.Module):
         self.nb_kernels = as_int("nb_kernels", nb_kernels, 1)
         self.kernel_size = as_pair("kernel_size", kernel_size, 1)
         self.batch_first = bool(batch_first)
+        self.recompute = bool(recompute)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -104,7 +108,7 @@ class GRU_RCN(nn.Module):
                 check_shape("h", h, shape[1:])
                 h = h.expand(shape)
             check_shape("h", h, shape)
-        out, h_n = gru_rcn(x, h, self.W, self.U, self.C, self.bias)
+        out, h_n = gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute)
         return (out if self.batch_first else out.transpose(0, 1)), h_n
 
     @torch.jit.export
@@ -123,4 +127,5 @@ class GRU_RCN(nn.Module):
         return (
             f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.kernel_size}, "
             f"batch_first={self.batch_first}, bias={self.bias is not None}"
+            + (", recompute=True" if self.recompute else "")
         )

@@ -11,14 +11,20 @@ from ._library import register_autocast, register_once_differentiable, register_
 
 
 def gru_rcn(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """h_t = (1 - z) . h_{t-1} + z . c over a sequence of frames, every projection a convolution (*).
 
     z = sigmoid(W_z*x_t + U_z*h_{t-1}), r = sigmoid(W_r*x_t + U_r*h_{t-1}), c = tanh(W_c*x_t + C*(r . h_{t-1})); z is the
     share of the candidate c. Zero padding keeps the size of the frames, for odd and even kernels. The input convolution
     runs once over all frames, weight gradients are batched over time, and state and gates are computed in fp32 (fp64 for
-    float64). Saved for backward: the arguments, the states and [z, r, c].
+    float64). Saved for backward: the arguments, the states and [z, r, c], or with ``recompute`` the arguments and the states.
 
     Under autocast, x, the weights and the bias are cast once a call and the state stays fp32.
 
@@ -29,6 +35,8 @@ def gru_rcn(
         U: (2*Oh, Oh, *k), recurrent kernels z, r.
         C: (Oh, Oh, *k), the recurrent kernel of the candidate. The kernel sizes of W, U and C may differ.
         bias: (3*Oh,) in the order z, r, candidate, or None.
+        recompute: compute the activations again in backward instead of keeping them: a quarter of the memory of
+            hidden size is kept, for about another forward pass of time.
 
     Returns:
         ``out`` (B, T, Oh, *S), contiguous, in the dtype of ``x``, and ``h_n`` (B, Oh, *S), the state after the last frame
@@ -57,8 +65,17 @@ def gru_rcn(
         )
         if not checked_later:
             _check_dtypes(x, W, U, C, bias)
-    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, _odd(W), _odd(U), _odd(C), bias)
+    keep = not recompute and _needs_gradient([x, h0, W, U, C, bias])
+    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, W, U, C, bias, keep)
     return out, h_n
+
+
+def _needs_gradient(inputs: list[Tensor | None]) -> bool:
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
@@ -90,7 +107,8 @@ def _check_state(name: str, h: Tensor, x: Tensor, C: Tensor) -> None:
 def _check_kernel(name: str, weight: Tensor, out_channels: int, in_channels: int, x: Tensor) -> None:
     check_floating(name, weight)
     check_same_device(name, weight, "x", x)
-    if weight.dim() != x.dim() - 1 or weight.shape[0] != out_channels or weight.shape[1] != in_channels:
+    fits = weight.dim() == x.dim() - 1 and weight.shape[0] == out_channels and weight.shape[1] == in_channels
+    if not fits or any([size == 0 for size in weight.shape[2:]]):  # noqa: C419  TorchScript has no generators
         raise ValueError(
             f"{name} must be {[out_channels, in_channels]} and {x.dim() - 3} kernel dimensions, got {list(weight.shape)}"
         )
@@ -107,11 +125,6 @@ def _check_dtypes(x: Tensor, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | Non
 def _check_op(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
     _check_shapes(x, h0, W, U, C, bias)
     _check_dtypes(x, W, U, C, bias)
-    for name, weight in (("W", W), ("U", U), ("C", C)):
-        if any(size % 2 == 0 for size in weight.shape[2:]):
-            raise ValueError(
-                f"{name} must have odd kernel sizes (convrnn.gru_rcn takes even ones), got {list(weight.shape)}"
-            )
 
 
 def _check_backward(
@@ -125,36 +138,38 @@ def _check_backward(
     out: Tensor,
     gates: Tensor,
     output_mask: list[bool],
+    bias: Tensor | None = None,
 ) -> None:
-    _check_op(x, h0, W, U, C, None)
+    _check_op(x, h0, W, U, C, bias)
     if dh_n is not None:
         _check_state("dh_n", dh_n, x, C)
     for name, sequence, times in (("dout", dout, 1), ("out", out, 1), ("gates", gates, 3)):
         if sequence is not None:
             check_same_device(name, sequence, "x", x)
             check_same_dtype(name, sequence, "x", x)
+            if name == "gates" and sequence.numel() == 0:
+                continue  # not kept
             shape = [*x.shape[:2], times * C.shape[0], *x.shape[3:]]
             check_shape(name, sequence, f"(B, T, {times}*Oh, *S)", shape)
     if len(output_mask) != 6:
         raise ValueError(f"output_mask must hold 6 flags, got {len(output_mask)}")
 
 
-def _odd(weight: Tensor) -> Tensor:
-    """The same convolution with odd kernel sizes: 'same' padding puts the odd one of an even kernel's zeros last."""
-    pad: list[int] = []
-    for dim in range(weight.dim() - 1, 1, -1):
-        pad += [1 - weight.shape[dim] % 2, 0]
-    return F.pad(weight, pad) if sum(pad) > 0 else weight
-
-
 @torch.library.register_fake("convrnn::gru_rcn")
 def _(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    keep_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_op(x, h0, W, U, C, bias)
     batch, steps, _, *size = x.shape
+    out = x.new_empty((batch, steps, C.shape[0], *size))
     h_n = x.new_empty((batch, C.shape[0], *size), dtype=x.dtype if h0 is None else h0.dtype)
-    return x.new_empty((batch, steps, C.shape[0], *size)), h_n, x.new_empty((batch, steps, W.shape[0], *size))
+    return out, h_n, x.new_empty((batch, steps, W.shape[0], *size) if keep_gates else (0,))
 
 
 @torch.library.register_fake("convrnn::gru_rcn_backward")
@@ -169,8 +184,9 @@ def _(
     out: Tensor,
     gates: Tensor,
     output_mask: list[bool],
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask)
+    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
     inputs = (x, h0, W, U, C, W.new_empty(W.shape[0]))
     return tuple(
         x.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
@@ -178,24 +194,70 @@ def _(
     )
 
 
+def _odd(weight: Tensor) -> Tensor:
+    """The same convolution with odd kernel sizes: 'same' padding puts the odd one of an even kernel's zeros last."""
+    pad: list[int] = []
+    for dim in range(weight.dim() - 1, 1, -1):
+        pad += [1 - weight.shape[dim] % 2, 0]
+    return F.pad(weight, pad) if sum(pad) > 0 else weight
+
+
+def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of ``weight`` from that of ``_odd(weight)``; as it is where nobody asked for it."""
+    if gradient.dim() != weight.dim():
+        return gradient
+    kept = (slice(1 - size % 2, None) for size in weight.shape[2:])
+    return gradient[(..., *kept)].contiguous()
+
+
 def _triton(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    keep_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.gru_rcn import gru_rcn_fwd
 
     _check_op(x, h0, W, U, C, bias)
-    return gru_rcn_fwd(x, h0, W, U, C, bias)
+    out, h_n, gates = gru_rcn_fwd(x, h0, _odd(W), _odd(U), _odd(C), bias)
+    return out, h_n, gates if keep_gates else gates.new_empty(0)
 
 
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from ..kernels.gru_rcn import gru_rcn_bwd
+def _triton_backward(
+    dout: Tensor | None,
+    dh_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    output_mask: list[bool],
+    bias: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    from ..kernels.gru_rcn import gru_rcn_bwd, gru_rcn_fwd
 
-    _check_backward(*args)
-    return gru_rcn_bwd(*args)
+    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
+    odd = [_odd(weight) for weight in (W, U, C)]
+    if gates.numel() == 0 and out.numel() > 0:
+        gates = gru_rcn_fwd(x, h0, *odd, bias)[2]
+    dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *odd, out, gates, output_mask)
+    return dx, dh0, _narrow(dW, W), _narrow(dU, U), _narrow(dC, C), dbias
 
 
 def _autocast(
-    device_type: str, x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None = None
+    device_type: str,
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    keep_gates: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -204,7 +266,7 @@ def _autocast(
 
     with torch.autocast(device_type, enabled=False):
         out, h_n, gates = torch.ops.convrnn.gru_rcn(
-            cast(x), h0, cast(W), cast(U), cast(C), None if bias is None else cast(bias)
+            cast(x), h0, cast(W), cast(U), cast(C), None if bias is None else cast(bias), keep_gates
         )
     return out, h_n, gates
 
@@ -216,18 +278,22 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    defaults = (None, True)  # the dispatcher drops arguments that have their default
+    x, h0, W, U, C, bias, keep_gates = *inputs, *defaults[len(inputs) - 5 :]
     out, _, gates = output
-    ctx.save_for_backward(*inputs[:5], out, gates)  # x, h0, W, U, C
+    ctx.save_for_backward(x, h0, W, U, C, out, gates, None if keep_gates else bias)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    wanted = [*ctx.needs_input_grad, False][:6]  # the dispatcher drops an absent bias
+    wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
-        return (None,) * len(wanted)
-    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *ctx.saved_tensors, wanted)
-    return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+        return (None,) * len(ctx.needs_input_grad)
+    *saved, bias = ctx.saved_tensors
+    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, wanted, bias)
+    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return tuple([*found, None][: len(ctx.needs_input_grad)])
 
 
 register_triton("gru_rcn", _triton)

@@ -74,44 +74,4 @@ struct UpdateBackward {
   }
 };
 
-// The two halves of one step of the whole sequence's backward, around the data gradient of the candidate's convolution.
-// dh is dL/dh_t on entry of the first and, on leaving the second, the part of dL/dh_{t-1} that passes no convolution.
-template <class T>
-struct StepUpdateBackward {
-  static CONVRNN_INLINE void run(acc_t<T>* dh, const T* z, const T* c, const T* h_before, T* daz, T* dac, int64_t n) {
-    using A = acc_t<T>;
-    CONVRNN_LANES
-    for (int64_t i = 0; i < n; ++i) {
-      const A up = dh[i], zi = A(z[i]), ci = A(c[i]);
-      daz[i] = static_cast<T>(up * (ci - A(h_before[i])) * zi * (A(1) - zi));
-      dac[i] = static_cast<T>(up * zi * (A(1) - ci * ci));
-      dh[i] = up * (A(1) - zi);
-    }
-  }
-};
-
-template <class T>
-struct StepGatesBackward {
-  static CONVRNN_INLINE void run(acc_t<T>* dh, const T* drh, const T* r, const T* h_before, T* dar, int64_t n) {
-    using A = acc_t<T>;
-    CONVRNN_LANES
-    for (int64_t i = 0; i < n; ++i) {
-      const A up = A(drh[i]), ri = A(r[i]);
-      dar[i] = static_cast<T>(up * A(h_before[i]) * ri * (A(1) - ri));
-      dh[i] += up * ri;
-    }
-  }
-};
-
-// sum += x.
-template <class T>
-struct Accumulate {
-  static CONVRNN_INLINE void run(acc_t<T>* sum, const T* x, int64_t n) {
-    CONVRNN_LANES
-    for (int64_t i = 0; i < n; ++i) {
-      sum[i] += acc_t<T>(x[i]);
-    }
-  }
-};
-
 }  // namespace convrnn

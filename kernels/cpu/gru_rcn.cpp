@@ -1,91 +1,20 @@
-// GRU-RCN over a whole sequence, frames of any number of spatial dimensions:
+// GRU-RCN over a whole sequence, frames of one to three spatial dimensions:
 //   z = sigmoid(W_z*x + U_z*h), r = sigmoid(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 - z).h + z.c
 //
-// The input convolution runs once over all B*T frames, the loop holds the two recurrent convolutions of a step and two
-// elementwise kernels, and each weight gradient is one convolution over all B*T frames. Saved for backward: x, h and the
-// activations [z, r, c], which are written over the input's projection. Convolutions are the library's, reached through
-// the dispatcher; kernel sizes are odd and padded by half (the public function widens even ones).
+// Frames become channels-last in padded buffers (convolution.h); the weights are packed once a call. Forward: the input
+// convolution of some steps, then step by step the convolutions of U and C with their gates. Backward: step by step the
+// data gradients of C and U, then those of x and of the weights for all those steps. Saved for backward: x, h and the
+// activations z, r, c, or with `keep_gates` off x and h alone, from which the activations are computed again.
+//
+// Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache;
+// else they share every stage's rows and channels. Neither changes a bit of the result.
 // Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
 
-#include <cstring>
-
-#include "gru_gates.h"
-#include "tensor.h"
+#include "gru_cell.h"
+#include "gru_rcn_backward.h"
 
 namespace convrnn {
 namespace {
-
-using torch::headeronly::HeaderOnlyArrayRef;
-
-// Geometry of a 'same' convolution with this weight: stride, padding, dilation.
-struct Same {
-  Shape ones, zeros, padding;
-
-  explicit Same(const Tensor& weight) {
-    for (int64_t d = 2; d < weight.dim(); ++d) {
-      STD_TORCH_CHECK(weight.size(d) % 2 == 1, "convrnn::gru_rcn: expected odd kernel sizes");
-      padding.push_back(weight.size(d) / 2);
-    }
-    ones.assign(padding.size(), 1);
-    zeros.assign(padding.size(), 0);
-  }
-};
-
-Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias = std::nullopt) {
-  const Same same(weight);
-  return torch::stable::contiguous(call("aten::convolution", x, weight, bias, same.ones, same.padding, same.ones, false,
-                                        same.zeros, int64_t{1}));
-}
-
-struct ConvolutionGradients {
-  Tensor dx, dweight, dbias;
-};
-
-// The wanted gradients of convolve(x, weight, bias); the others are undefined. x gives its shape where only dx is wanted.
-ConvolutionGradients convolve_backward(const Tensor& up, const Tensor& x, const Tensor& weight, bool dx, bool dweight,
-                                       bool dbias) {
-  const Same same(weight);
-  const bool mask[] = {dx, dweight, dbias};
-  const std::optional<Shape> bias_sizes = Shape{weight.size(0)};
-  std::array<StableIValue, 11> stack{
-      torch::stable::detail::from(up),
-      torch::stable::detail::from(x),
-      torch::stable::detail::from(weight),
-      torch::stable::detail::from(bias_sizes),
-      torch::stable::detail::from(same.ones),
-      torch::stable::detail::from(same.padding),
-      torch::stable::detail::from(same.ones),
-      torch::stable::detail::from(false),
-      torch::stable::detail::from(same.zeros),
-      torch::stable::detail::from(int64_t{1}),
-      torch::stable::detail::from(HeaderOnlyArrayRef<bool>(mask, 3)),
-  };
-  call_dispatcher("aten::convolution_backward", stack);
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-          torch::stable::detail::to<Tensor>(stack[2])};
-}
-
-Tensor data_gradient(const Tensor& up, const Tensor& x, const Tensor& weight) {
-  return torch::stable::contiguous(convolve_backward(up, x, weight, true, false, false).dx);
-}
-
-Tensor weight_gradient(const Tensor& up, const Tensor& x, const Tensor& weight) {
-  return dense(convolve_backward(up, x, weight, false, true, false).dweight);
-}
-
-// (B, T, ...) as B*T frames.
-Tensor frames(const Tensor& x) {
-  Shape sizes = shape(x);
-  sizes[1] *= sizes[0];
-  sizes.erase(sizes.begin());
-  return torch::stable::view(torch::stable::contiguous(x), sizes);
-}
-
-// Channels [first, first + count) of step t of a sequence, no copy.
-Tensor step_channels(const Tensor& x, int64_t t, int64_t first, int64_t count) {
-  Tensor frame = torch::stable::select(x, 1, t);
-  return torch::stable::narrow(frame, 1, first, count);
-}
 
 Shape state_sizes(const Tensor& x, const Tensor& C) {
   Shape sizes = shape(x);
@@ -106,14 +35,100 @@ void check(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W, co
   for (const Tensor& weight : {W, U, C}) {
     STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
                     "convrnn::gru_rcn: expected W, U and C in the dtype of x");
+    for (int64_t d = 2; d < weight.dim(); ++d) {
+      STD_TORCH_CHECK(weight.size(d) > 0, "convrnn::gru_rcn: expected kernels of at least one tap");
+    }
   }
-  STD_TORCH_CHECK(x.dim() >= 4 && x.size(2) > 0 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
+  STD_TORCH_CHECK(x.dim() >= 4 && x.dim() <= 6 && x.size(2) > 0 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
                       W.size(0) == 3 * channels && W.size(1) == x.size(2) && U.size(0) == 2 * channels &&
                       U.size(1) == channels && C.size(1) == channels,
                   "convrnn::gru_rcn: expected x (B, T, Ox, *S), W (3*Oh, Ox, *k), U (2*Oh, Oh, *k), C (Oh, Oh, *k)");
   check_state("convrnn::gru_rcn", h0);
   STD_TORCH_CHECK(!h0.has_value() || shape(*h0) == state_sizes(x, C),
                   "convrnn::gru_rcn: expected h0 of shape (B, Oh, *S)");
+}
+
+template <class T>
+void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Tensor& U,
+             const Tensor& C, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
+  using A = acc_t<T>;
+  const Cell<T> cell(p, W, U, C, bias);
+  const Schedule schedule = cell.schedule();
+  const Sequence<const T> xs = sequence<T>(x, 2);
+  const Sequence<T> outs(out, 2, false);
+  const Sequence<A> states(h_n, 1, false);
+  const bool keep = gates.numel() > 0;
+  T* const kept = keep ? mutable_data<T>(gates) : nullptr;
+
+  constexpr int64_t kProjected = 1 << 20;  // bytes: stay in the second-level cache, or nearly
+  const int64_t x_size = p.frame.pixels() * p.inputs, h_size = p.frame.pixels() * p.pitch;
+  const int64_t chunk = chunk_of(kProjected, cell.xp_size() * sizeof(A), p.steps);
+  const int64_t workspace = padded(chunk * (x_size + cell.xp_size()) + 2 * h_size);
+  Buffer<A> work(schedule.workspaces() * workspace), scratch(slots() * padded(cell.scratch_size(schedule)));
+  Buffer<T> unkept(keep ? 0 : schedule.workspaces() * cell.kept_size());
+  struct Workspace {
+    A *h, *rh, *x, *xp;
+  };
+  const auto of = [&](int64_t slot, int64_t b) {
+    A* h = work.data() + schedule.workspace(slot, b) * workspace;
+    return Workspace{h, h + h_size, h + 2 * h_size, h + 2 * h_size + chunk * x_size};
+  };
+  const auto scratch_of = [&](int64_t slot) { return scratch.data() + slot * padded(cell.scratch_size(schedule)); };
+  const auto kept_of = [&](int64_t slot, int64_t b, int64_t t) {
+    return keep ? kept + (b * p.steps + t) * cell.kept_size()
+                : unkept.data() + schedule.workspace(slot, b) * cell.kept_size();
+  };
+  for (int64_t i = 0; i < schedule.workspaces(); ++i) {  // the zeros around the frames
+    std::fill_n(work.data() + i * workspace, 2 * h_size + chunk * x_size, A(0));
+  }
+
+  std::vector<Stage> stages;
+  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
+    states.template rows<Move::in>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  });
+  for (int64_t begin = 0; begin < p.steps; begin += chunk) {
+    const int64_t end = std::min(p.steps, begin + chunk);
+    stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
+      if (part.channel_begin == 0) {
+        const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
+        for (int64_t t = begin; t < end; ++t) {
+          xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+        }
+      }
+    });
+    stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
+      const Workspace w = of(slot, b);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+      }
+    });
+    for (int64_t t = begin; t < end; ++t) {
+      const bool zero = t == 0 && !has_h0;
+      const int64_t xp = (t - begin) * cell.xp_size();
+      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
+        const Workspace w = of(slot, b);
+        cell.gates(w.xp + xp, w.h, zero, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
+      });
+      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
+        const Workspace w = of(slot, b);
+        cell.candidate(w.xp + xp, w.rh, zero, w.h, kept_of(slot, b, t), part, scratch_of(slot));
+        outs.template rows<Move::out>(b, t, p, part, w.h, p.pitch, true);
+      });
+    }
+  }
+  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
+    states.template rows<Move::out>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  });
+  schedule.run(stages);
+}
+
+void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const Tensor& W) {
+  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == x.scalar_type() && shape(*bias) == Shape{W.size(0)}),
+                  "convrnn::gru_rcn: expected bias of shape (3*Oh,) in the dtype of x");
+}
+
+std::optional<Tensor> dense_or_none(const std::optional<Tensor>& x) {
+  return x.has_value() ? std::optional<Tensor>(dense(*x)) : std::nullopt;
 }
 
 // A state as a dense tensor of this dtype; zeros where there is none. Never h itself.
@@ -127,171 +142,66 @@ Tensor dense_state(const std::optional<Tensor>& h, const Tensor& x, const Tensor
   return state;
 }
 
-// y = x in y's dtype.
-template <class T>
-struct Round {
-  static CONVRNN_INLINE void run(const acc_t<T>* x, T* y, int64_t n) {
-    CONVRNN_LANES
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = static_cast<T>(x[i]);
-    }
-  }
-};
-
-// y = r h.
-template <class T>
-struct Product {
-  static CONVRNN_INLINE void run(const T* r, const T* h, T* y, int64_t n) {
-    CONVRNN_LANES
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = static_cast<T>(acc_t<T>(r[i]) * acc_t<T>(h[i]));
-    }
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W,
-                                           const Tensor& U, const Tensor& C, const std::optional<Tensor>& bias) {
-  check(x, h0, W, U, C);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == x.scalar_type() && shape(*bias) == Shape{W.size(0)}),
-                  "convrnn::gru_rcn: expected bias of shape (3*Oh,) in the dtype of x");
-  const int64_t batch = x.size(0), steps = x.size(1), channels = C.size(0);
-  Tensor out_ = empty(x, sequence_sizes(x, channels));
+std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W_,
+                                           const Tensor& U_, const Tensor& C_, const std::optional<Tensor>& bias_,
+                                           bool keep_gates) {
+  check(x, h0, W_, U_, C_);
+  check_bias(bias_, x, W_);
+  const Tensor W = dense(W_), U = dense(U_), C = dense(C_);
+  const std::optional<Tensor> bias = dense_or_none(bias_);
+  Tensor out = empty(x, sequence_sizes(x, C.size(0))), gates = keep_gates ? empty(x, sequence_sizes(x, 3 * C.size(0))) : nothing(x);
   Tensor state = dense_state(h0, x, C, state_dtype(x));
-  const ScalarType state_out = h0.has_value() ? h0->scalar_type() : x.scalar_type();
-  if (out_.numel() == 0) {
-    return {out_, to_dtype(state, state_out), empty(x, sequence_sizes(x, 3 * channels))};
+  if (out.numel() > 0) {
+    const Problem problem(x, W, U, C);
+    dispatch_dtype("convrnn::gru_rcn", x, [&](auto zero) {
+      forward<decltype(zero)>(problem, x, h0.has_value(), W, U, C, bias, out, state, gates);
+    });
   }
-  const Tensor gates = dense(torch::stable::view(convolve(frames(x), W, bias), sequence_sizes(x, 3 * channels)));
-  const Shape sizes = state_sizes(x, C);
-  const int64_t n = numel(sizes, 1);
-  Shape packed = sizes;
-  packed[1] *= 2;
-  Tensor rh = empty(x, sizes);
-  const bool rounded = state.scalar_type() != x.scalar_type();
-  Tensor h = rounded ? to_dtype(state, x.scalar_type()) : state;  // what the convolutions see
-  // No state yet: its convolutions are zero.
-  const std::optional<Tensor> zeros =
-      h0.has_value() ? std::nullopt : std::optional<Tensor>(torch::stable::new_zeros(x, packed));
-
-  dispatch_dtype("convrnn::gru_rcn", x, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    const Rows<T> pg = out<T>(gates), po = out<T>(out_), prh = out<T>(rh), ph = out<T>(h);
-    const Rows<A> ps = out<A>(state);
-    for (int64_t t = 0; t < steps; ++t) {
-      const bool first = t == 0 && zeros.has_value();
-      const Tensor hp = first ? *zeros : convolve(h, U);
-      const auto php = in<T>(hp);
-      for_rows(batch, [&](int64_t b) {
-        T* g = pg[b] + t * 3 * n;
-        run<Gates<T, A>>(g, php[b], ps[b], g, g + n, prh[b], n);
-      });
-      const Tensor hc = first ? *zeros : convolve(rh, C);
-      const auto phc = in<T>(hc);
-      for_rows(batch, [&](int64_t b) {
-        T *g = pg[b] + t * 3 * n, *o = po[b] + t * n;
-        run<Update<T, A>>(g + 2 * n, phc[b], g,
-                          ps[b], g + 2 * n, ps[b], n);
-        run<Round<T>>(ps[b], o, n);
-        if (rounded) {
-          std::memcpy(ph[b], o, n * sizeof(T));
-        }
-      });
-    }
-  });
-  return {out_, to_dtype(state, state_out), gates};
+  return {out, to_dtype(state, h0.has_value() ? h0->scalar_type() : x.scalar_type()), gates};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
     const std::optional<Tensor>& dout, const std::optional<Tensor>& dh_n, const Tensor& x,
-    const std::optional<Tensor>& h0, const Tensor& W, const Tensor& U, const Tensor& C, const Tensor& out_sequence,
-    const Tensor& gates_, std::vector<bool> output_mask) {
-  check(x, h0, W, U, C);
-  const int64_t batch = x.size(0), steps = x.size(1), channels = C.size(0);
-  for (const auto& sequence : {dout, std::optional<Tensor>(out_sequence)}) {
+    const std::optional<Tensor>& h0, const Tensor& W_, const Tensor& U_, const Tensor& C_, const Tensor& out,
+    const Tensor& gates, std::vector<bool> output_mask, const std::optional<Tensor>& bias) {
+  check(x, h0, W_, U_, C_);
+  for (const auto& sequence : {dout, std::optional<Tensor>(out)}) {
     STD_TORCH_CHECK(!sequence.has_value() || (sequence->scalar_type() == x.scalar_type() &&
-                                              shape(*sequence) == sequence_sizes(x, channels)),
+                                              shape(*sequence) == sequence_sizes(x, C_.size(0))),
                     "convrnn::gru_rcn_backward: expected dout and out as gru_rcn returns out");
   }
   check_state("convrnn::gru_rcn_backward", dh_n);
-  STD_TORCH_CHECK(gates_.scalar_type() == x.scalar_type() && shape(gates_) == sequence_sizes(x, 3 * channels) &&
-                      (!dh_n.has_value() || shape(*dh_n) == state_sizes(x, C)) && output_mask.size() == 6,
+  check_bias(bias, x, W_);
+  STD_TORCH_CHECK(gates.scalar_type() == x.scalar_type() &&
+                      (gates.numel() == 0 || shape(gates) == sequence_sizes(x, 3 * C_.size(0))) &&
+                      (!dh_n.has_value() || shape(*dh_n) == state_sizes(x, C_)) && output_mask.size() == 6,
                   "convrnn::gru_rcn_backward: expected gates and dh_n as gru_rcn returns them, and 6 flags");
-  const ScalarType state_out = h0.has_value() ? h0->scalar_type() : x.scalar_type();
   output_mask[1] = output_mask[1] && h0.has_value();
+  const Tensor W = dense(W_), U = dense(U_), C = dense(C_);
   Tensor dh = dense_state(dh_n, x, C, state_dtype(x));
-  const auto wanted = [&](size_t i, auto gradient) { return output_mask[i] ? gradient() : nothing(x); };
-  if (out_sequence.numel() == 0) {
-    const auto zeros = [&](const Tensor& like) { return torch::stable::new_zeros(like, shape(like)); };
-    return {wanted(0, [&] { return zeros(x); }), wanted(1, [&] { return to_dtype(dh, state_out); }),
-            wanted(2, [&] { return zeros(W); }), wanted(3, [&] { return zeros(U); }),
-            wanted(4, [&] { return zeros(C); }), wanted(5, [&] { return torch::stable::new_zeros(x, {W.size(0)}); })};
+  const auto wanted = [&](size_t i, const Tensor& like) {
+    return output_mask[i] ? std::optional<Tensor>(empty(like, shape(like))) : std::nullopt;
+  };
+  Gradients gradients{wanted(0, x), wanted(2, W), wanted(3, U), wanted(4, C), std::nullopt, output_mask[1]};
+  if (output_mask[5]) {
+    gradients.dbias = empty(x, {W.size(0)});
   }
-  const Tensor gates = torch::stable::contiguous(gates_);
-  const std::optional<Tensor> up =
-      dout.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*dout)) : std::nullopt;
-  const int64_t n = numel(state_sizes(x, C), 1);
-  // Gradients of the pre-activations, [z, r, c], of all steps; and the state every step started from.
-  Tensor da = empty(x, sequence_sizes(x, 3 * channels));
-  Tensor before = empty(x, sequence_sizes(x, channels));
-  Tensor start = torch::stable::select(before, 1, 0);
-  if (h0.has_value()) {
-    torch::stable::copy_(start, *h0);
-  } else {
-    torch::stable::zero_(start);
-  }
-  if (steps > 1) {
-    Tensor rest = torch::stable::narrow(before, 1, 1, steps - 1);
-    Tensor states = out_sequence;
-    torch::stable::copy_(rest, torch::stable::narrow(states, 1, 0, steps - 1));
-  }
-  Tensor rh = empty(x, sequence_sizes(x, channels));
-
-  dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    const auto pg = in<T>(gates), pb = in<T>(before);
-    const Rows<const T> pu = up.has_value() ? in<T>(*up) : Rows<const T>{nullptr, 0};
-    const Rows<T> pa = out<T>(da), prh = out<T>(rh);
-    const Rows<A> pdh = out<A>(dh);
-    for_rows(batch, [&](int64_t b) {
-      for (int64_t t = 0; t < steps; ++t) {
-        run<Product<T>>(pg[b] + (3 * t + 1) * n, pb[b] + t * n, prh[b] + t * n, n);
-      }
+  if (out.numel() > 0) {
+    const Problem problem(x, W, U, C);
+    dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
+      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout}, torch::stable::contiguous(gates), dh,
+                               gradients);
     });
-    for (int64_t t = steps - 1; t >= 0; --t) {
-      for_rows(batch, [&](int64_t b) {
-        const T* g = pg[b] + t * 3 * n;
-        T* a = pa[b] + t * 3 * n;
-        if (pu.base != nullptr) {
-          run<Accumulate<T>>(pdh[b], pu[b] + t * n, n);
-        }
-        run<StepUpdateBackward<T>>(pdh[b], g, g + 2 * n, pb[b] + t * n, a, a + 2 * n, n);
-      });
-      const Tensor drh = data_gradient(step_channels(da, t, 2 * channels, channels), step_channels(rh, t, 0, channels), C);
-      const auto pdrh = in<T>(drh);
-      for_rows(batch, [&](int64_t b) {
-        run<StepGatesBackward<T>>(pdh[b], pdrh[b], pg[b] + (3 * t + 1) * n, pb[b] + t * n, pa[b] + (3 * t + 1) * n, n);
-      });
-      if (t > 0 || output_mask[1]) {
-        const Tensor through =
-            data_gradient(step_channels(da, t, 0, 2 * channels), step_channels(before, t, 0, channels), U);
-        const auto pt = in<T>(through);
-        for_rows(batch, [&](int64_t b) { run<Accumulate<T>>(pdh[b], pt[b], n); });
+  } else {
+    for (auto* gradient : {&gradients.dx, &gradients.dW, &gradients.dU, &gradients.dC, &gradients.dbias}) {
+      if (gradient->has_value()) {
+        torch::stable::zero_(**gradient);
       }
     }
-  });
-
-  Tensor da_frames = frames(da);
-  const auto input = convolve_backward(da_frames, frames(x), W, output_mask[0], output_mask[2], output_mask[5]);
-  return {wanted(0, [&] { return dense(torch::stable::view(torch::stable::contiguous(input.dx), shape(x))); }),
-          wanted(1, [&] { return to_dtype(dh, state_out); }),
-          wanted(2, [&] { return dense(input.dweight); }),
-          wanted(3, [&] { return weight_gradient(torch::stable::narrow(da_frames, 1, 0, 2 * channels), frames(before), U); }),
-          wanted(4, [&] {
-            return weight_gradient(torch::stable::narrow(da_frames, 1, 2 * channels, channels), frames(rh), C);
-          }),
-          wanted(5, [&] { return input.dbias; })};
+  }
+  const auto result = [&](const std::optional<Tensor>& gradient) { return gradient.has_value() ? *gradient : nothing(x); };
+  return {result(gradients.dx), output_mask[1] ? to_dtype(dh, h0->scalar_type()) : nothing(x), result(gradients.dW),
+          result(gradients.dU), result(gradients.dC), result(gradients.dbias)};
 }
 
 }  // namespace

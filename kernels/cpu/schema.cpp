@@ -27,11 +27,11 @@ STABLE_TORCH_LIBRARY(convrnn, m) {
       " -> (Tensor da, Tensor dz, Tensor dh)");
 
   m.def(
-      "gru_rcn(Tensor x, Tensor? h0, Tensor W, Tensor U, Tensor C, Tensor? bias=None)"
+      "gru_rcn(Tensor x, Tensor? h0, Tensor W, Tensor U, Tensor C, Tensor? bias=None, bool keep_gates=True)"
       " -> (Tensor out, Tensor h_n, Tensor gates)");
   m.def(
       "gru_rcn_backward(Tensor? dout, Tensor? dh_n, Tensor x, Tensor? h0, Tensor W, Tensor U, Tensor C,"
-      " Tensor out, Tensor gates, bool[6] output_mask)"
+      " Tensor out, Tensor gates, bool[6] output_mask, Tensor? bias=None)"
       " -> (Tensor dx, Tensor dh0, Tensor dW, Tensor dU, Tensor dC, Tensor dbias)");
 
   m.def("cpu_isa() -> str");

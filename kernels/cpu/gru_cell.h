@@ -1,0 +1,106 @@
+// One step of GRU-RCN on the CPU.
+#pragma once
+
+#include "sequence.h"
+
+namespace convrnn {
+
+// The convolutions and gates of a step, over the rows and channels of a part. Planes hold pre-activations as
+// [gate][pixel][pitch], activations are kept as [z, r, c][pixel][channel].
+template <class T>
+class Cell {
+ public:
+  using A = acc_t<T>;
+
+  Cell(const Problem& p, const Tensor& W, const Tensor& U, const Tensor& C, const std::optional<Tensor>& bias)
+      : p_(p),
+        w_({p.frame, p.w, false, p.input(), p.planes(3)}, weights<T>(W)),
+        u_({p.frame, p.u, false, p.state(), p.planes(2)}, weights<T>(U)),
+        c_({p.frame, p.c, false, p.state(), p.planes(1)}, weights<T>(C)),
+        bias_(bias.has_value() ? 3 * p.channels : 0) {
+    if (bias.has_value()) {
+      std::copy_n(data<T>(*bias), 3 * p.channels, bias_.data());
+    }
+  }
+
+  Schedule schedule() const {
+    return {p_, u_.packed_bytes(), u_.panel_width()};
+  }
+  int64_t scratch_size(const Schedule& schedule) const {
+    return planes_size(schedule.most_rows()) + std::max({w_.scratch_size(), u_.scratch_size(), c_.scratch_size()});
+  }
+  int64_t xp_size() const {
+    return 3 * p_.pixels() * p_.pitch;
+  }
+  int64_t kept_size() const {
+    return 3 * p_.pixels() * p_.channels;
+  }
+
+  void project(const A* x, A* xp, const Part& part, A* scratch) const {
+    const int64_t first = part.row_begin * p_.frame.size.width, last = part.row_end * p_.frame.size.width;
+    w_(x, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
+    for (int64_t gate = 0; bias_.data() != nullptr && gate < 3; ++gate) {
+      run<Add<A>>(bias_.data() + gate * p_.channels + part.channel_begin, int64_t{0},
+                  xp + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first, lanes(part), p_.pitch);
+    }
+  }
+
+  // rh and the kept z and r from xp and the frame h; `zero` where h is zero.
+  void gates(const A* xp, const A* h, bool zero, A* rh, T* kept, const Part& part, A* scratch) const {
+    convolve(u_, h, zero, 2, part, scratch);
+    rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
+      run<StepGates<T>>(xp + plane, p_.pixels() * p_.pitch, scratch + local, plane_size(part), h + frame, rh + frame,
+                        kept + kept_row, kept + kept_row + p_.pixels() * p_.channels, p_.frame.size.width, lanes(part),
+                        p_.pitch, p_.channels);
+    });
+  }
+
+  // The kept c from xp and the frame rh, and, if h is given, h' from h.
+  void candidate(const A* xp, const A* rh, bool zero, A* h, T* kept, const Part& part, A* scratch) const {
+    convolve(c_, rh, zero, 1, part, scratch);
+    T* kept_c = kept + 2 * p_.pixels() * p_.channels;
+    rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
+      run<StepCandidate<T>>(xp + 2 * p_.pixels() * p_.pitch + plane, scratch + local, kept_c + kept_row,
+                            p_.frame.size.width, lanes(part), p_.pitch, p_.channels);
+      if (h != nullptr) {
+        run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, lanes(part), p_.pitch,
+                           p_.channels);
+      }
+    });
+  }
+
+ private:
+  static int64_t lanes(const Part& part) {
+    return part.channel_end - part.channel_begin;
+  }
+  int64_t planes_size(int64_t rows) const {
+    return 2 * rows * p_.frame.size.width * p_.pitch;
+  }
+  int64_t plane_size(const Part& part) const {
+    return (part.row_end - part.row_begin) * p_.frame.size.width * p_.pitch;
+  }
+  // Planes of the part at the start of scratch, what the convolution needs behind them.
+  void convolve(const Convolution<A>& convolution, const A* frame, bool zero, int64_t gates, const Part& part,
+                A* scratch) const {
+    if (zero) {
+      std::fill_n(scratch, gates * plane_size(part), A(0));
+    } else {
+      convolution(frame, part, scratch, plane_size(part), scratch + gates * plane_size(part));
+    }
+  }
+  // f(offset in a padded frame, in a plane, in the part's plane, in the kept activations) of every row.
+  template <class F>
+  void rows(const Part& part, F f) const {
+    const int64_t width = p_.frame.size.width, channel = part.channel_begin;
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      f(p_.frame.pixel(row) * p_.pitch + channel, row * width * p_.pitch + channel,
+        (row - part.row_begin) * width * p_.pitch + channel, row * width * p_.channels + channel);
+    }
+  }
+
+  const Problem& p_;
+  Convolution<A> w_, u_, c_;
+  Buffer<A> bias_;
+};
+
+}  // namespace convrnn

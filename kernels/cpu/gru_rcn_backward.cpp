@@ -1,0 +1,345 @@
+// Gradients of GRU-RCN over a whole sequence (gru_rcn.cpp). A chunk of steps at a time: from step to step the data gradients
+// of C and U, which carry dL/dh; then, over the frames of the whole chunk, those of x and of the weights.
+
+#include "gru_rcn_backward.h"
+
+#include "gru_cell.h"
+#include "weight_gradient.h"
+
+namespace convrnn {
+namespace {
+
+// One step of one sample, in frames of lanes, and its kept activations.
+template <class T>
+struct Step {
+  acc_t<T> *da, *h, *rh, *x;  // da: gradients of the pre-activations of z, r and c, side by side
+  T* kept;
+};
+
+// The gradient of one weight tensor, and which frames of a step it is of.
+template <class T>
+struct Target {
+  using A = acc_t<T>;
+  WeightGradient<A> gradient;
+  A* Step<T>::*input;
+  Tensor weight;
+};
+
+// Adds what the steps give to the gradients of the weights.
+template <class T>
+void accumulate(std::vector<Target<T>>& targets, const std::vector<Step<T>>& steps) {
+  using A = acc_t<T>;
+  const auto frames = static_cast<int64_t>(steps.size());
+  std::vector<const A*> gradients, inputs;
+  for (const Step<T>& step : steps) {
+    gradients.push_back(step.da);
+  }
+  int64_t tasks = 0, scratch_size = 0;
+  for (const auto& target : targets) {
+    tasks += target.gradient.tasks();
+    scratch_size = std::max(scratch_size, target.gradient.scratch_size());
+    for (const Step<T>& step : steps) {
+      inputs.push_back(step.*target.input);
+    }
+  }
+  Buffer<A> scratch(slots() * scratch_size);
+  deal(tasks, [&](int64_t slot, int64_t task) {
+    int64_t j = 0;
+    for (; task >= targets[j].gradient.tasks(); ++j) {
+      task -= targets[j].gradient.tasks();
+    }
+    targets[j].gradient.add(task, &inputs[j * frames], gradients.data(), frames, scratch.data() + slot * scratch_size);
+  });
+}
+
+template <class T>
+class Backward {
+ public:
+  using A = acc_t<T>;
+
+  Backward(const Problem& p, const Operands& operands, const Tensor& gates, Tensor& dh, Gradients& wanted)
+      : p_(p),
+        wanted_(wanted),
+        has_h0_(operands.h0.has_value()),
+        recompute_(gates.numel() == 0),
+        width_(p.frame.size.width),
+        x_pitch_(padded(p.inputs)),
+        through_u_({p.frame, p.u, true, p.packed(2), p.state()}, flipped<T>(operands.U)),
+        through_c_({p.frame, p.c, true, p.packed(1), p.state()}, flipped<T>(operands.C)),
+        schedule_(p, through_u_.packed_bytes(), through_u_.panel_width()),
+        x_(operands.x),
+        out_(operands.out),
+        dout_(operands.dout.has_value() ? *operands.dout : operands.out),
+        h0_(has_h0_ ? to_dtype(*operands.h0, state_dtype(x_)) : dh),
+        xs_(sequence<T>(x_, 2)),
+        outs_(sequence<T>(out_, 2)),
+        douts_(sequence<T>(dout_, 2)),
+        h0s_(sequence<A>(h0_, 1)),
+        dhs_(dh, 1, false),
+        has_dout_(operands.dout.has_value()),
+        kept_(recompute_ ? nullptr : mutable_data<T>(gates)),
+        dh_(p.batch * plane()) {
+    constexpr int64_t kChunk = 4 << 20;  // bytes of the frames of a chunk of steps
+    step_size_ = padded(p.frame.pixels() * (5 * p.pitch + p.inputs));
+    chunk_ = chunk_of(kChunk, p.batch * step_size_ * sizeof(A), p.steps);
+    const auto want = [&](const std::optional<Tensor>& weight, const Size& kernel, const Channels& in,
+                          const Channels& out, int64_t lane, A* Step<T>::*input) {
+      if (weight.has_value()) {
+        targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_), input, *weight});
+      }
+    };
+    want(wanted.dW, p.w, p.input(), p.packed(3), 0, &Step<T>::x);
+    want(wanted.dU, p.u, p.state(), p.packed(2), 0, &Step<T>::h);
+    want(wanted.dC, p.c, p.state(), p.packed(1), 2 * p.pitch, &Step<T>::rh);
+    bias_sums_.resize(wanted.dbias.has_value() ? 3 * p.pitch : 0);
+
+    const int64_t plane_size = schedule_.most_rows() * width_ * std::max(p.pitch, x_pitch_);
+    int64_t scratch_size = std::max(through_u_.scratch_size(), through_c_.scratch_size());
+    if (wanted.dx.has_value()) {
+      through_w_.emplace(ConvShape{p.frame, p.w, true, p.packed(3), {1, p.inputs, x_pitch_, x_pitch_}},
+                         flipped<T>(operands.W));
+      scratch_size = std::max(scratch_size, through_w_->scratch_size());
+      dxs_.emplace(*wanted.dx, 2, false);
+    }
+    scratch_size += plane_size;
+    plane_size_ = plane_size;
+    if (recompute_) {
+      cell_.emplace(p, operands.W, operands.U, operands.C, operands.bias);
+      scratch_size = std::max(scratch_size, cell_->scratch_size(schedule_));
+      xp_ = Buffer<A>(schedule_.workspaces() * cell_->xp_size());
+    }
+    scratch_size_ = padded(scratch_size);
+    scratch_ = Buffer<A>(slots() * scratch_size_);
+
+    work_ = Buffer<A>(p.batch * chunk_ * step_size_);
+    share(p.batch * chunk_, [&](int64_t, int64_t i) {  // the zeros around the frames
+      std::fill_n(work_.data() + i * step_size_, step_size_, A(0));
+    });
+    recomputed_ = Buffer<T>(recompute_ ? p.batch * chunk_ * kept_size() : 0);
+  }
+
+  void run_all() {
+    for (int64_t end = p_.steps; end > 0; end = first_) {
+      first_ = std::max<int64_t>(0, end - chunk_);
+      schedule_.run(stages(end));
+      std::vector<Step<T>> steps;
+      for (int64_t b = 0; b < p_.batch; ++b) {
+        for (int64_t t = first_; t < end; ++t) {
+          steps.push_back(step(b, t));
+        }
+      }
+      accumulate<T>(targets_, steps);
+      for (size_t i = 0; wanted_.dbias.has_value() && i < steps.size(); ++i) {
+        add_pixels(p_.frame, steps[i].da, 3 * p_.pitch, bias_sums_.data());
+      }
+    }
+    for (const auto& target : targets_) {
+      const Weights<const T> like = weights<T>(target.weight);
+      target.gradient.template write<T>({mutable_data<T>(target.weight), like.n, like.k, like.tap});
+    }
+    if (wanted_.dbias.has_value()) {
+      T* dbias = mutable_data<T>(*wanted_.dbias);
+      for (int64_t i = 0; i < 3 * p_.channels; ++i) {
+        dbias[i] = static_cast<T>(bias_sums_[i / p_.channels * p_.pitch + i % p_.channels]);
+      }
+    }
+  }
+
+ private:
+  int64_t plane() const {
+    return p_.pixels() * p_.pitch;
+  }
+  int64_t kept_size() const {
+    return 3 * p_.pixels() * p_.channels;
+  }
+  A* dh(int64_t b) {
+    return dh_.data() + b * plane();
+  }
+  A* scratch(int64_t slot) {
+    return scratch_.data() + slot * scratch_size_;
+  }
+  static int64_t lanes(const Part& part) {
+    return part.channel_end - part.channel_begin;
+  }
+  Step<T> step(int64_t b, int64_t t) {
+    const int64_t i = b * chunk_ + t - first_, frame = p_.frame.pixels() * p_.pitch;
+    A* at = work_.data() + i * step_size_;
+    T* kept = recompute_ ? recomputed_.data() + i * kept_size() : kept_ + (b * p_.steps + t) * kept_size();
+    return {at, at + 3 * frame, at + 4 * frame, at + 5 * frame, kept};
+  }
+  // f(pixel of a frame, offset in a plane, offset in the kept activations) for the start of every row.
+  template <class F>
+  void each_row(const Part& part, F f) const {
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      f(p_.frame.pixel(row), row * width_ * p_.pitch + part.channel_begin,
+        row * width_ * p_.channels + part.channel_begin);
+    }
+  }
+
+  std::vector<Stage> stages(int64_t end) {
+    std::vector<Stage> found;
+    if (end == p_.steps) {
+      found.push_back([this](int64_t, int64_t b, const Part& part) {
+        dhs_.template rows<Move::in>(b, 0, p_, part, dh(b), p_.pitch, false);
+      });
+    }
+    found.push_back([this, end](int64_t, int64_t b, const Part& part) {
+      for (int64_t t = first_; t < end; ++t) {
+        load(b, t, part);
+      }
+      if (!recompute_) {
+        update(b, end - 1, part);
+      }
+    });
+    for (int64_t t = first_; recompute_ && t < end; ++t) {
+      const bool zero = t == 0 && !has_h0_;
+      found.push_back([this, zero, t](int64_t slot, int64_t b, const Part& part) {
+        const Step<T> s = step(b, t);
+        A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
+        cell_->project(s.x, xp, part, scratch(slot));
+        cell_->gates(xp, s.h, zero, s.rh, s.kept, part, scratch(slot));
+      });
+      found.push_back([this, zero, t, end](int64_t slot, int64_t b, const Part& part) {
+        const Step<T> s = step(b, t);
+        const A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
+        cell_->candidate(xp, s.rh, zero, nullptr, s.kept, part, scratch(slot));
+        if (t == end - 1) {
+          update(b, t, part);
+        }
+      });
+    }
+    for (int64_t t = end - 1; t >= first_; --t) {
+      found.push_back([this, t](int64_t slot, int64_t b, const Part& part) { reset(slot, b, t, part); });
+      found.push_back([this, t](int64_t slot, int64_t b, const Part& part) {
+        if (t > 0 || wanted_.dh0) {
+          carry(slot, b, t, part);
+        }
+        if (t > first_) {
+          update(b, t - 1, part);
+        }
+      });
+    }
+    found.push_back([this, end](int64_t slot, int64_t b, const Part& part) {
+      if (first_ == 0 && wanted_.dh0) {
+        dhs_.template rows<Move::out>(b, 0, p_, part, dh(b), p_.pitch, false);
+      }
+      for (int64_t t = first_; through_w_.has_value() && part.channel_begin == 0 && t < end; ++t) {
+        inputs(slot, b, t, {part.row_begin, part.row_end, 0, p_.inputs});
+      }
+    });
+    return found;
+  }
+
+  // The frames of h_{t-1}, x and, where r is at hand, r.h.
+  void load(int64_t b, int64_t t, const Part& part) {
+    const Step<T> s = step(b, t);
+    if (t > 0) {
+      outs_.template rows<Move::in>(b, t - 1, p_, part, s.h, p_.pitch, true);
+    } else if (has_h0_) {
+      h0s_.template rows<Move::in>(b, 0, p_, part, s.h, p_.pitch, true);
+    } else {
+      each_row(part, [&](int64_t pixel, int64_t, int64_t) {
+        for (int64_t i = pixel; i < pixel + width_; ++i) {
+          std::fill_n(s.h + i * p_.pitch + part.channel_begin, lanes(part), A(0));
+        }
+      });
+    }
+    if (!recompute_) {
+      each_row(part, [&](int64_t pixel, int64_t, int64_t kept) {
+        const int64_t lane = pixel * p_.pitch + part.channel_begin;
+        run<StepReset<T>>(s.kept + kept_size() / 3 + kept, s.h + lane, s.rh + lane, width_, lanes(part), p_.pitch,
+                          p_.channels);
+      });
+    }
+    if (part.channel_begin == 0 && (recompute_ || wanted_.dW.has_value())) {
+      xs_.template rows<Move::in>(b, t, p_, {part.row_begin, part.row_end, 0, p_.inputs}, s.x, p_.inputs, true);
+    }
+  }
+
+  // Adds the gradient of out_t to dh; then the gradients of z and c.
+  void update(int64_t b, int64_t t, const Part& part) {
+    const Step<T> s = step(b, t);
+    if (has_dout_) {
+      douts_.template rows<Move::add>(b, t, p_, part, dh(b), p_.pitch, false);
+    }
+    each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
+      A* da = s.da + pixel * 3 * p_.pitch + part.channel_begin;
+      run<StepUpdateBackward<T>>(s.kept + kept, s.kept + 2 * (kept_size() / 3) + kept,
+                                 s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane, da, da + 2 * p_.pitch,
+                                 width_, lanes(part), p_.pitch, p_.channels, 3 * p_.pitch);
+    });
+  }
+
+  // Through C to r.h: the gradient of r, and what reaches h_{t-1} by it.
+  void reset(int64_t slot, int64_t b, int64_t t, const Part& part) {
+    const Step<T> s = step(b, t);
+    A* drh = scratch(slot);
+    if (t == 0 && !has_h0_) {
+      std::fill_n(drh, plane_size_, A(0));  // r acted on a zero state
+    } else {
+      through_c_(s.da + 2 * p_.pitch, part, drh, 0, drh + plane_size_);
+    }
+    each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
+      run<StepGatesBackward<T>>(drh + plane - part.row_begin * width_ * p_.pitch, s.kept + kept_size() / 3 + kept,
+                                s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane,
+                                s.da + (pixel * 3 + 1) * p_.pitch + part.channel_begin, width_, lanes(part), p_.pitch,
+                                p_.channels, 3 * p_.pitch);
+    });
+  }
+
+  // Through U to h_{t-1}.
+  void carry(int64_t slot, int64_t b, int64_t t, const Part& part) {
+    A* through = scratch(slot);
+    through_u_(step(b, t).da, part, through, 0, through + plane_size_);
+    run<Add<A>>(through + part.channel_begin, p_.pitch,
+                dh(b) + part.row_begin * width_ * p_.pitch + part.channel_begin,
+                (part.row_end - part.row_begin) * width_, lanes(part), p_.pitch);
+  }
+
+  // Through W to x.
+  void inputs(int64_t slot, int64_t b, int64_t t, const Part& part) {
+    A* through = scratch(slot);
+    (*through_w_)(step(b, t).da, part, through, 0, through + plane_size_);
+    dxs_->template rows<Move::out>(b, t, p_, part, through - part.row_begin * width_ * x_pitch_, x_pitch_, false);
+  }
+
+  const Problem& p_;
+  const Gradients& wanted_;
+  bool has_h0_, recompute_;
+  int64_t width_, x_pitch_;
+  Convolution<A> through_u_, through_c_;
+  std::optional<Convolution<A>> through_w_;
+  std::optional<Cell<T>> cell_;
+  Schedule schedule_;
+  Tensor x_, out_, dout_, h0_;  // as given, or copies with dense frames
+  Sequence<const T> xs_, outs_, douts_;
+  Sequence<const A> h0s_;
+  Sequence<A> dhs_;
+  std::optional<Sequence<T>> dxs_;
+  bool has_dout_;
+  T* kept_;
+  std::vector<Target<T>> targets_;
+  std::vector<double> bias_sums_;
+
+  Buffer<A> dh_, work_, scratch_, xp_;
+  Buffer<T> recomputed_;
+  int64_t plane_size_, scratch_size_, step_size_, chunk_;
+  int64_t first_ = 0;  // step of the chunk at work
+};
+
+}  // namespace
+
+template <class T>
+void backward(const Problem& problem, const Operands& operands, const Tensor& gates, Tensor& dh, Gradients& wanted) {
+  Backward<T>(problem, operands, gates, dh, wanted).run_all();
+}
+
+#define CONVRNN_INSTANTIATE(T) \
+  template void backward<T>(const Problem&, const Operands&, const Tensor&, Tensor&, Gradients&);
+CONVRNN_INSTANTIATE(float)
+CONVRNN_INSTANTIATE(double)
+CONVRNN_INSTANTIATE(c10::BFloat16)
+CONVRNN_INSTANTIATE(c10::Half)
+#undef CONVRNN_INSTANTIATE
+
+}  // namespace convrnn

@@ -1,0 +1,199 @@
+// How the whole-sequence op goes over its work: sizes, which thread does what, and frames of tensors as rows of lanes.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "convolution.h"
+#include "gru_steps.h"
+#include "tensor.h"
+
+namespace convrnn {
+
+inline Size frame_size(const Tensor& x, int64_t first) {
+  Size size{1, 1, 1};
+  int64_t* const sizes[] = {&size.width, &size.height, &size.depth};
+  for (int64_t d = x.dim() - 1, i = 0; d >= first; --d, ++i) {
+    *sizes[i] = x.size(d);
+  }
+  return size;
+}
+
+// What follows from the shapes.
+struct Problem {
+  int64_t batch, steps, inputs, channels, pitch;  // pitch: channels, padded to the convolutions' blocks
+  Frame frame;
+  Size w, u, c;  // kernel sizes
+
+  Problem(const Tensor& x, const Tensor& W, const Tensor& U, const Tensor& C)
+      : batch(x.size(0)),
+        steps(x.size(1)),
+        inputs(x.size(2)),
+        channels(C.size(0)),
+        pitch(padded(channels)),
+        frame(frame_size(x, 3), {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
+        w(frame_size(W, 2)),
+        u(frame_size(U, 2)),
+        c(frame_size(C, 2)) {}
+
+  int64_t pixels() const {
+    return frame.size.pixels();
+  }
+  Channels input() const {
+    return {1, inputs, inputs, inputs};
+  }
+  Channels state() const {
+    return {1, channels, pitch, pitch};
+  }
+  // Gates side by side in planes of their own, or in every pixel.
+  Channels planes(int64_t gates) const {
+    return {gates, channels, pitch, pitch};
+  }
+  Channels packed(int64_t gates) const {
+    return {gates, channels, pitch, 3 * pitch};
+  }
+};
+
+template <class T>
+Weights<const T> weights(const Tensor& w) {
+  const int64_t taps = frame_size(w, 2).pixels();
+  return {data<T>(w), w.size(1) * taps, taps, 1};
+}
+
+// Input and output channels exchanged, taps in reverse: the weights of a data gradient.
+template <class T>
+Weights<const T> flipped(const Tensor& w) {
+  const int64_t taps = frame_size(w, 2).pixels();
+  return {data<T>(w) + taps - 1, taps, w.size(1) * taps, -1};
+}
+
+// f(slot, i) for i < count; calls with one slot never overlap. slots() slots at most.
+inline int64_t slots() {
+  return torch::stable::get_num_threads();
+}
+template <class F>
+void share(int64_t count, F f) {
+  const int64_t n = std::min(count, slots());
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t i = slot * count / n; i < (slot + 1) * count / n; ++i) {
+        f(slot, i);
+      }
+    }
+  });
+}
+
+// f(slot, i) for i < count, dealt out in turn: neighbours cost alike, so that every thread gets of each kind.
+template <class F>
+void deal(int64_t count, F f) {
+  const int64_t n = std::min(count, slots());
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t i = slot; i < count; i += n) {
+        f(slot, i);
+      }
+    }
+  });
+}
+
+// A stage of the work on one sample; stages of a sample follow one another, parts of a stage are independent.
+using Stage = std::function<void(int64_t slot, int64_t sample, const Part& part)>;
+
+class Schedule {
+ public:
+  Schedule(const Problem& p, int64_t weight_bytes, int64_t panel) : batch_(p.batch) {
+    constexpr int64_t kLarge = 1 << 20;  // weights that no second-level cache holds: read them once for many pixels
+    const int64_t rows = p.frame.size.rows(), across = (p.frame.size.width + 1) / 2;
+    const int64_t threads = slots();
+    whole_samples_ = batch_ >= threads && (batch_ % threads == 0 || batch_ >= 4 * threads);
+    int64_t pairs = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across);
+    const auto blocks = [&] { return (rows + 2 * pairs - 1) / (2 * pairs); };
+    while (!whole_samples_ && weight_bytes <= kLarge && pairs > 1 && batch_ * blocks() < 2 * threads) {
+      pairs = (pairs + 1) / 2;
+    }
+    const int64_t wanted = whole_samples_ ? 1 : (threads + batch_ * blocks() - 1) / (batch_ * blocks());
+    const int64_t panels = (p.pitch + panel - 1) / panel;
+    const int64_t width = (panels + wanted - 1) / wanted * panel;
+    for (int64_t row = 0; row < rows; row += 2 * pairs) {
+      for (int64_t channel = 0; channel < p.channels; channel += width) {
+        parts_.push_back({row, std::min(rows, row + 2 * pairs), channel, std::min(p.channels, channel + width)});
+      }
+    }
+  }
+
+  int64_t most_rows() const {
+    return parts_.front().row_end;
+  }
+  // Workspaces for samples under way, and the one that a sample uses.
+  int64_t workspaces() const {
+    return whole_samples_ ? slots() : batch_;
+  }
+  int64_t workspace(int64_t slot, int64_t sample) const {
+    return whole_samples_ ? slot : sample;
+  }
+
+  void run(const std::vector<Stage>& stages) const {
+    if (whole_samples_) {
+      return share(batch_, [&](int64_t slot, int64_t sample) {
+        for (const Stage& stage : stages) {
+          for (const Part& part : parts_) {
+            stage(slot, sample, part);
+          }
+        }
+      });
+    }
+    const auto count = static_cast<int64_t>(parts_.size());
+    for (const Stage& stage : stages) {
+      share(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, i / count, parts_[i % count]); });
+    }
+  }
+
+ private:
+  int64_t batch_;
+  bool whole_samples_;
+  std::vector<Part> parts_;
+};
+
+// Frames (B, T, C, *S) or, without T, states: dense in either layout, read or written in rows.
+template <class T>
+struct Sequence {
+  T* data;
+  int64_t batch, step, pixel, channel;  // strides
+
+  Sequence(const Tensor& x, int64_t channel_dim, bool channels_last)
+      : data(const_cast<T*>(static_cast<const T*>(x.const_data_ptr()))),
+        batch(x.stride(0)),
+        step(channel_dim == 2 ? x.stride(1) : 0) {
+    int64_t pixels = numel(shape(x), channel_dim + 1), channels = x.size(channel_dim);
+    pixel = channels_last ? channels : 1;
+    channel = channels_last ? 1 : pixels;
+  }
+
+  // The rows and channels of a part, to or from lanes at `to`, its pixel (0, 0) and channel 0; the rows of the lanes lie
+  // in a padded frame, or in a plane without zeros.
+  template <Move move, class A>
+  void rows(int64_t b, int64_t t, const Problem& p, const Part& part, A* to, int64_t pitch, bool padded_rows) const {
+    const int64_t width = p.frame.size.width;
+    T* from = data + b * batch + t * step + part.channel_begin * channel;
+    const int64_t n = part.channel_end - part.channel_begin;
+    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+      A* lanes = to + (padded_rows ? p.frame.pixel(row) : row * width) * pitch + part.channel_begin;
+      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, width, n, pitch);
+    }
+  }
+};
+
+// Steps whose work in progress fills so many bytes at most, and one at least.
+inline int64_t chunk_of(int64_t bytes, int64_t step_bytes, int64_t steps) {
+  return std::clamp<int64_t>(bytes / std::max<int64_t>(1, step_bytes), 1, std::max<int64_t>(1, steps));
+}
+
+// x in frames (C, *S) that are dense in either order of its dimensions.
+template <class T>
+Sequence<const T> sequence(Tensor& x, int64_t channel_dim) {
+  const bool channels_last = is_channels_last(x, channel_dim);
+  x = to_layout(x, channel_dim, channels_last);
+  return {x, channel_dim, channels_last};
+}
+
+}  // namespace convrnn

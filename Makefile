@@ -11,14 +11,14 @@ CONFIG  := $(VENV)/.config
 LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu bench bench-compare lint wheel clean
+.PHONY: setup demo test test-gpu test-sanitized bench bench-compare lint wheel clean
 
 setup: $(LIBRARY)
 
-# What the environment was made for: made anew where TORCH or TRITON say otherwise, built anew where DEBUG does.
+# What the environment was made for: made anew where TORCH or TRITON say otherwise, built anew where DEBUG or SANITIZE do.
+MADE_FOR := $(TORCH) $(TRITON) DEBUG=$(DEBUG) SANITIZE=$(SANITIZE)
 ifneq ($(MAKECMDGOALS),clean)
-$(shell mkdir -p $(VENV); echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" | cmp -s - $(CONFIG) \
-  || echo "$(TORCH) $(TRITON) DEBUG=$(DEBUG)" > $(CONFIG))
+$(shell mkdir -p $(VENV); echo "$(MADE_FOR)" | cmp -s - $(CONFIG) || echo "$(MADE_FOR)" > $(CONFIG))
 endif
 
 $(VENV)/.installed: $(CONFIG) pyproject.toml
@@ -44,6 +44,15 @@ test: $(LIBRARY)
 test-gpu: $(LIBRARY)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device is present (python -m convrnn.info says why)')"
 	$(BIN)/python -m pytest --device cuda $(ARGS)
+
+# The C++ kernels under the address and undefined-behaviour sanitizers, in the tests of ops and modules. The sanitizers'
+# libraries must come before Python's own; leaks are not counted, for Python's are not ours. The next plain make builds
+# without them again.
+SANITIZED := $(foreach name,mingru log_scan gru_gates gru_rcn nn_mingru nn_conv_mingru nn_gru_rcn nn_bidirectional,tests/test_$(name).py)
+test-sanitized:
+	$(MAKE) setup SANITIZE=address,undefined
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(PYTEST) $(SANITIZED) $(ARGS)
 
 bench: $(LIBRARY)
 	$(BIN)/python -m bench $(ARGS)

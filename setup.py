@@ -25,6 +25,7 @@ class Build(BuildExtension):
 
 
 debug = os.environ.get("DEBUG", "0").lower() not in ("", "0", "off", "false")
+sanitizers = os.environ.get("SANITIZE", "")  # address,undefined: see make test-sanitized
 library = CppExtension(
     "convrnn._C",
     sorted(str(source) for source in Path("kernels/cpu").glob("*.cpp")),
@@ -39,7 +40,9 @@ library = CppExtension(
         "-fno-trapping-math",
     ]
     + [f"-ffile-prefix-map={Path.cwd()}/="]  # errors name files of the project, not of the machine that built it
-    + (["-O0", "-g"] if debug else ["-O3", "-g0"]),
+    + (["-O0", "-g"] if debug else ["-O3", "-g0"])
+    + ([f"-fsanitize={sanitizers}", "-fno-sanitize-recover", "-g1"] if sanitizers else []),
+    extra_link_args=[f"-fsanitize={sanitizers}"] if sanitizers else [],
     depends=sorted(str(header) for header in Path("kernels/cpu").glob("*.h")),
     py_limited_api=True,
 )

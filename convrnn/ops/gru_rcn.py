@@ -206,8 +206,9 @@ def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
     """The gradient of ``weight`` from that of ``_odd(weight)``; as it is where nobody asked for it."""
     if gradient.dim() != weight.dim():
         return gradient
-    kept = (slice(1 - size % 2, None) for size in weight.shape[2:])
-    return gradient[(..., *kept)].contiguous()
+    for dim in range(2, weight.dim()):
+        gradient = gradient.narrow(dim, gradient.shape[dim] - weight.shape[dim], weight.shape[dim])
+    return gradient.contiguous()
 
 
 def _triton(
@@ -279,7 +280,8 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     defaults = (None, True)  # the dispatcher drops arguments that have their default
-    x, h0, W, U, C, bias, keep_gates = *inputs, *defaults[len(inputs) - 5 :]
+    padded: list[Any] = [*inputs, *defaults[len(inputs) - 5 :]]
+    x, h0, W, U, C, bias, keep_gates = padded
     out, _, gates = output
     ctx.save_for_backward(x, h0, W, U, C, out, gates, None if keep_gates else bias)
     ctx.mark_non_differentiable(gates)

@@ -111,13 +111,13 @@ struct Carry {
 template <class C, class Step>
 CONVRNN_INLINE void walk(int64_t steps, int64_t lanes, const C& carry, Pass pass, const C& began, Step step) {
   int64_t t = 0;
+  carry.begin(lanes);
   if (pass == Pass::whole && steps <= kShort) {
     for (; t < steps; ++t) {
       step(std::integral_constant<Carrying, Carrying::plain>(), t);
     }
     return;
   }
-  carry.begin(lanes);
   for (bool tracked = pass != Pass::whole; tracked && t < steps; ++t) {
     step(std::integral_constant<Carrying, Carrying::tracked>(), t);
     if (t % 8 == 7) {

@@ -19,7 +19,8 @@
 namespace convrnn {
 
 constexpr int64_t kBlock = 1024;   // lanes that advance together: a page of each stream, their state in L1
-constexpr int64_t kStride = kBlock + 16;  // between the arrays of a state: addresses equal in 12 bits look like conflicts
+constexpr int64_t kStride = kBlock + 336;  // between the arrays of a carry: a load and a store just before it that are equal
+                                          // in 12 bits of their addresses look like the same to some processors
 constexpr int64_t kPiece = 128;    // lanes between prefetches
 constexpr int64_t kShort = 256;    // steps whose rounding errors need no compensation: 256 * 2^-25 < 1e-5
 constexpr int64_t kChunk = 1024;   // steps of a chunk
@@ -143,18 +144,18 @@ CONVRNN_INLINE void for_pieces(int64_t runs, int64_t n, F f) {
   }
 }
 
-// Steps to prefetch ahead: rows that fill no block are streams too short for the hardware's prefetchers, and where they
-// are narrow the next one comes too soon.
+// Steps to prefetch ahead: the next one, or as many as make a piece where rows are narrower.
 inline int64_t prefetch_steps(int64_t row) {
-  return row > kBlock || row == 0 ? 0 : (kPiece + row - 1) / row;
+  return (kPiece + row - 1) / row;
 }
 
+// Into L2: the next steps of six streams at once would push one another out of L1.
 template <class T>
 CONVRNN_INLINE void prefetch(const T* begin, int64_t n) {
 #if defined(__GNUC__) || defined(__clang__)
   const auto* bytes = reinterpret_cast<const char*>(begin);
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) {
-    __builtin_prefetch(bytes + i);
+    __builtin_prefetch(bytes + i, 0, 2);
   }
 #endif
 }

@@ -137,11 +137,9 @@ struct Forward {
       const T *a = w.log_a.at(t, first), *b = w.log_b.at(t, first);
       A* x = w.log_x.at(t, first);
       const LogCarry<A> c = carry.at(first);
-      if (w.ahead > 0) {
-        prefetch(a + w.ahead * w.log_a.step, n);
-        prefetch(b + w.ahead * w.log_b.step, n);
-        prefetch(x + w.ahead * w.log_x.step, n);
-      }
+      prefetch(a + w.ahead * w.log_a.step, n);
+      prefetch(b + w.ahead * w.log_b.step, n);
+      prefetch(x + w.ahead * w.log_x.step, n);
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
         const A log_a = finite(load(a[i])), log_b = finite(load(b[i]));
@@ -189,14 +187,12 @@ struct Backward {
       const T *a = w.log_a.at(t, first), *b = w.log_b.at(t, first);
       T *da = w.dlog_a.at(t, first), *db = w.dlog_b.at(t, first);
       const Carry<A> c = carry.at(first);
-      if (w.ahead > 0) {
-        prefetch(up + w.ahead * w.dlog_x.step, n);
-        prefetch(before + w.ahead * w.before.step, n);
-        prefetch(a + w.ahead * w.log_a.step, n);
-        prefetch(b + w.ahead * w.log_b.step, n);
-        prefetch(da + w.ahead * w.dlog_a.step, n);
-        prefetch(db + w.ahead * w.dlog_b.step, n);
-      }
+      prefetch(up + w.ahead * w.dlog_x.step, n);
+      prefetch(before + w.ahead * w.before.step, n);
+      prefetch(a + w.ahead * w.log_a.step, n);
+      prefetch(b + w.ahead * w.log_b.step, n);
+      prefetch(da + w.ahead * w.dlog_a.step, n);
+      prefetch(db + w.ahead * w.dlog_b.step, n);
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
         const A carried = load(a[i]) + before[i], log_b = load(b[i]);

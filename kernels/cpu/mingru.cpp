@@ -70,7 +70,7 @@ struct Walk {
   int64_t steps, n, groups, run;
   const T* gate;
   int64_t gate_step;
-  int64_t ahead;  // steps to prefetch ahead
+  int64_t ahead;  // steps to prefetch
 
   Walk(const Frame& f, const Block& block, int64_t steps, const T* gate, int64_t gate_step)
       : steps(steps), n(block.n), groups(block.groups), run(f.run), gate(gate + block.gate), gate_step(gate_step),
@@ -88,11 +88,9 @@ struct Forward {
       const T* x = z + w.run;
       T* out = h + j * w.n + begin;
       const Carry<A> c = carry.at(j * w.n + begin);
-      if (w.ahead > 0) {
-        prefetch(z + w.ahead * w.gate_step, n);
-        prefetch(x + w.ahead * w.gate_step, n);
-        prefetch(out + w.ahead * h_step, n);
-      }
+      prefetch(z + w.ahead * w.gate_step, n);
+      prefetch(x + w.ahead * w.gate_step, n);
+      prefetch(out + w.ahead * h_step, n);
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
         // from the nearer end: z (g - h) where z is small, 1 - z times (h - g) where it is not
@@ -151,14 +149,12 @@ struct Backward {
       T* dz = d.dgate + t * d.dgate_step + j * 2 * w.run + begin;
       T* dx = dz + w.run;
       const Carry<A> c = carry.at(first);
-      if (w.ahead > 0) {
-        prefetch(z + w.ahead * w.gate_step, n);
-        prefetch(x + w.ahead * w.gate_step, n);
-        prefetch(h + w.ahead * d.before_step, n);
-        prefetch(up + w.ahead * d.up_step, n);
-        prefetch(dz + w.ahead * d.dgate_step, n);
-        prefetch(dx + w.ahead * d.dgate_step, n);
-      }
+      prefetch(z + w.ahead * w.gate_step, n);
+      prefetch(x + w.ahead * w.gate_step, n);
+      prefetch(h + w.ahead * d.before_step, n);
+      prefetch(up + w.ahead * d.up_step, n);
+      prefetch(dz + w.ahead * d.dgate_step, n);
+      prefetch(dx + w.ahead * d.dgate_step, n);
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
         const A gate = load(z[i]);

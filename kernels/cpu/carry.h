@@ -2,8 +2,8 @@
 //
 // Chunks run in parallel, in three passes. Local: every chunk but the first runs from nothing, writes its results, and
 // keeps its end and its decay, the share of a carry that reaches its end. Then the carries, chunk by chunk: end + decay
-// times carry. Replay: every chunk but the first runs again from its true carry until what is left of that does not show
-// beside the state any more: some tens of steps with gates of ordinary size, the whole chunk with tiny ones. Whether and
+// times carry. Replay: every chunk but the first runs again from its true carry until what is left of that no longer
+// shows beside the state: some tens of steps with gates of ordinary size, the whole chunk with tiny ones. Whether and
 // where T is cut follows from the shape alone, so that results do not depend on the number of threads.
 #pragma once
 
@@ -18,9 +18,9 @@
 
 namespace convrnn {
 
-constexpr int64_t kBlock = 1024;   // lanes that advance together: a page of each stream, their state in L1
-constexpr int64_t kStride = kBlock + 336;  // between the arrays of a carry: a load and a store just before it that are equal
-                                          // in 12 bits of their addresses look like the same to some processors
+constexpr int64_t kBlock = 1024;  // lanes that advance together: a page of each stream, their state in L1
+// Between the arrays of a carry: to some processors a load looks like a store just before it that equals it in 12 bits.
+constexpr int64_t kStride = kBlock + 336;
 constexpr int64_t kPiece = 128;    // lanes between prefetches
 constexpr int64_t kShort = 256;    // steps whose rounding errors need no compensation: 256 * 2^-25 < 1e-5
 constexpr int64_t kChunk = 1024;   // steps of a chunk
@@ -87,8 +87,8 @@ struct Carry {
     return true;
   }
 
-  // Whether what is left of `began` is below a quarter of a unit in the last place of every lane's state: never where that
-  // is NaN.
+  // Whether what is left of `began` is below a quarter of a unit in the last place of every lane's state: never where
+  // that is NaN.
   CONVRNN_INLINE bool settled(const Carry& began, int64_t n) const {
     int32_t pending = 0;
     CONVRNN_LANES
@@ -175,9 +175,9 @@ void share(int64_t tasks, int64_t work, F f) {
   });
 }
 
-// Runs all tasks, blocks of the `lanes` of all batch rows, through time. make(task) gives its block: `flat` is its first
-// lane among all, lanes() their number. first(block, carry) sets what it begins with, last(block, carry) takes its end, and
-// run(block, chunk, carry, pass, began) goes through the steps of a chunk.
+// Runs all tasks, blocks of the `lanes` of all batch rows, through time. make(task) gives its block: `flat` is its
+// first lane among all, lanes() their number. first(block, carry) sets what it begins with, last(block, carry) takes
+// its end, and run(block, chunk, carry, pass, began) goes through the steps of a chunk.
 template <class C, class A, class Make, class First, class Run, class Last>
 void scan(int64_t tasks, int64_t lanes, int64_t steps, bool backward, Make make, First first, Run run, Last last) {
   const int64_t chunks = tasks < kFewTasks && steps > kChunk ? (steps + kChunk - 1) / kChunk : 1;
@@ -199,7 +199,9 @@ void scan(int64_t tasks, int64_t lanes, int64_t steps, bool backward, Make make,
     } else {
       carry.begin_from_nothing(block.lanes());
     }
-    run(block, chunk(k), carry, k == 0 ? Pass::whole : Pass::local, carry);
+    if (steps > 0) {
+      run(block, chunk(k), carry, k == 0 ? Pass::whole : Pass::local, carry);
+    }
     if (chunks == 1) {
       last(block, carry);
     } else {

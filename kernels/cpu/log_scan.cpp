@@ -1,10 +1,10 @@
 // log x of x_0 = b_0, x_t = a_t x_{t-1} + b_t, given log a and log b.
 //
-// log x_t = max(u, log b) + log(1 + e^-|u - log b|) with u = log a + log x_{t-1}: one exponential and one logarithm, of a
-// number between 1 and 2, a step. log x carries its rounding errors along, since 10^5 of them would add up, and is fp32
-// (fp64) whatever the dtype of the inputs: rounded to 16 bits it would move x by a share of |log x|. A zero, log -inf, is
-// -1e30 inside. Backward: x_t passes the share p = a x_{t-1} / x_t = sigmoid(log a + log x_{t-1} - log b) of its gradient
-// to log a and to x_{t-1}, and 1 - p to log b. Blocks, threads and chunks of T as in carry.h.
+// log x_t = max(u, log b) + log(1 + e^-|u - log b|) with u = log a + log x_{t-1}: one exponential and one logarithm, of
+// a number between 1 and 2, a step. log x carries its rounding errors along, since 10^5 of them would add up, and is
+// fp32 (fp64) whatever the dtype of the inputs: rounded to 16 bits it would move x by a share of |log x|. A zero, log
+// -inf, is -1e30 inside. Backward: x_t passes the share p = a x_{t-1} / x_t = sigmoid(log a + log x_{t-1} - log b) of
+// its gradient to log a and to x_{t-1}, and 1 - p to log b. Blocks, threads and chunks of T as in carry.h.
 // Source: Heinsen 2023, arXiv 2311.06281 (the recurrence); one pass instead of its cumulative sums.
 
 #include <algorithm>
@@ -33,7 +33,8 @@ CONVRNN_INLINE A two_sum(A a, A b, A& error) {
   return sum;
 }
 
-// The carry of the forward scan, by lane: log x, and the sum of log a since the walk began, each with its rounding error.
+// The carry of the forward scan, by lane: log x, and the sum of log a since the walk began, each with its rounding
+// error.
 template <class A>
 struct LogCarry {
   static constexpr int64_t kArrays = 4;
@@ -299,7 +300,8 @@ std::tuple<Tensor, Tensor> log_scan_backward(const Tensor& dlog_x, const Tensor&
         tasks(batch, lanes), batch * lanes, steps, true, [&](int64_t task) { return Block(lanes, task); },
         [](const Block& block, const C& carry) { carry.begin_from_nothing(block.n); },
         [&](const Block& block, Chunk chunk, const C& carry, Pass pass, const C& began) {
-          const int64_t row = block.b, lane = block.lane, t = chunk.begin + chunk.steps - 1;  // from log_a[t], log_b[t + 1]
+          const int64_t row = block.b, lane = block.lane;
+          const int64_t t = chunk.begin + chunk.steps - 1;  // begins at log_a[t], log_b[t + 1]
           const typename Backward<T>::Walk w = {chunk.steps,
                                                 block.n,
                                                 prefetch_steps(lanes),

@@ -65,7 +65,7 @@ CONVRNN_INLINE void store(c10::Half& to, float x) {
   const uint32_t magnitude = i & 0x7fffffffu;
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   // below 2^-14: adding 1/2, whose unit in the last place is a denormal's, rounds
-  const uint32_t denormal = static_cast<uint32_t>(bits(from_bits(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+  const auto denormal = static_cast<uint32_t>(bits(std::fabs(x) + 0.5f)) - 0x3f000000u;
   uint32_t h = magnitude < 0x38800000u ? denormal : normal;
   h = magnitude < 0x477ff000u ? h : 0x7c00u;  // 65520 and above
   h = x == x ? h : 0x7e00u;
@@ -76,7 +76,7 @@ CONVRNN_INLINE void store(c10::Half& to, float x) {
 // that follows computed in advance, and selects between the two in the end, for five instructions instead of one.
 __attribute__((weak)) extern const float kLeastExponent = -87.3f;
 
-// e^x for x in [-87.3, 88.3], and NaN for NaN: within 2 units in the last place with fused multiply-adds, else within |x| / 2.
+// e^x for x in [-87.3, 88.3], and NaN for NaN: within 4 units in the last place with fused multiply-adds, else |x| / 2.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted to its relative error (1e-7), in short chains.
 CONVRNN_INLINE float exp_in_range(float x) {
   const float round = 12582912.f + 127.f;  // adding 1.5 * 2^23 rounds to an integer, in the low bits: n + 127
@@ -94,8 +94,8 @@ CONVRNN_INLINE double exp_(double x) {
   return std::exp(x);
 }
 
-// log(1 + x) for x in [0, 1], to full relative accuracy also where x is tiny: 2 atanh(u) with u = x / (2 + x) <= 1/3, by
-// a polynomial in u^2 fitted to its relative error (5e-9).
+// log(1 + x) for x in [0, 1], to full relative accuracy also where x is tiny: 2 atanh(u) with u = x / (2 + x) <= 1/3,
+// by a polynomial in u^2 fitted to its relative error (5e-9).
 CONVRNN_INLINE float log1p_(float x) {
   const float u = x / (2.f + x);
   const float v = u * u;

@@ -1,8 +1,8 @@
 // minGRU: z = sigmoid(gate), h_t = h_{t-1} + z (g(hidden) - h_{t-1}), over the packed projection [gate, hidden].
 //
-// A lane is one element of a state (C, *S). A block of lanes runs through all of T, or through a chunk of it where lanes
-// are few (carry.h), with its state in L1; threads share blocks and chunks. Forward reads 2 and writes 1 element per
-// output; backward reads 4 and writes 2: z and g are recomputed.
+// A lane is one element of a state (C, *S). A block of lanes runs through all of T, or through a chunk of it where
+// lanes are few (carry.h), with its state in L1; threads share blocks and chunks. Forward reads 2 and writes 1 element
+// per output; backward reads 4 and writes 2: z and g are recomputed.
 // Source: Feng et al. 2024, arXiv 2410.01201.
 
 #include <algorithm>
@@ -37,7 +37,8 @@ struct Frame {
   }
 };
 
-// A block of row b: `groups` runs of `n` lanes, the first at lane `lane` and with its gate at element `gate` of a frame.
+// A block of row b: `groups` runs of `n` lanes, the first at lane `lane` and with its gate at element `gate` of a
+// frame.
 struct Block {
   int64_t b, lane, gate, n, groups, flat;
 
@@ -64,7 +65,8 @@ struct Block {
   }
 };
 
-// A block's walk: pointers stand at its first step, which backward in time is the last, with negative distances to the next.
+// A block's walk. Pointers stand at its first step, which backward in time is the last, and distances are negative
+// then.
 template <class T>
 struct Walk {
   int64_t steps, n, groups, run;
@@ -306,7 +308,8 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
   const int64_t steps = sizes[1], lanes = frame.lanes;
   const LaneState first(h0, channels_last, 0.5), last(dh_n, channels_last, 0.);
   Tensor dpacked = empty(packed, sizes, packed.scalar_type(), 2, channels_last);
-  Tensor dh0 = h0.has_value() ? empty(packed, state_sizes(packed), h0->scalar_type(), 1, channels_last) : nothing(packed);
+  Tensor dh0 = h0.has_value() ? empty(packed, state_sizes(packed), h0->scalar_type(), 1, channels_last)
+                              : nothing(packed);
 
   dispatch_dtype("convrnn::mingru_backward", packed, [&](auto zero) {
     using T = decltype(zero);

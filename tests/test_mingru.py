@@ -29,13 +29,22 @@ def test_matches_reference(dtype, layout, size, with_h0, device):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 2), (3, 1, 2 * 301), (1, 9, 2 * 515), (2, 5, 2 * 3, 11), (1, 3, 2 * 2, 2, 3, 4)]
+    "shape",
+    [
+        (1, 1, 2),
+        (3, 1, 2 * 301),
+        (1, 9, 2 * 515),
+        (1, 3, 2 * 2051),
+        (2, 300, 2 * 9),
+        (2, 5, 2 * 3, 11),
+        (1, 3, 4, 2, 3, 4),
+    ],
 )
 def test_shapes(shape, device):
     check_against_reference(mingru, reference.mingru, [torch.randn(shape, device=device)])
 
 
-@pytest.mark.parametrize("channels", [1, 2, 130, 300])
+@pytest.mark.parametrize("channels", [1, 2, 130, 300, 1100])
 def test_channels_last_keeps_its_layout(channels, device):
     x = LAYOUTS["channels_last"](torch.randn(2, 4, 2 * channels, 3, 2, device=device))
     check_against_reference(mingru, reference.mingru, [x, torch.randn(2, channels, 3, 2, device=device)])
@@ -108,7 +117,7 @@ def test_long_sequences_stay_exact(bias, device):
     x[:, :, :8] += bias
     expected = reference.mingru(x.cpu().double())[0]
     error = ((mingru(x)[0].cpu() - expected).abs() / expected.abs()).max().item()
-    assert error < 2e-5
+    assert error < (1e-5 if device == "cpu" else 2e-5)  # the CPU's scan carries its rounding errors along
 
 
 def test_gradients_where_one_output_is_used(device):

@@ -1,18 +1,18 @@
 // minGRU: z = sigmoid(gate), h_t = h_{t-1} + z (g(hidden) - h_{t-1}), over the packed projection [gate, hidden].
 //
-// A lane is one element of a state (C, *S). A block of lanes runs through all of T with its state in L1; threads share
-// the blocks. Forward reads 2 and writes 1 element per output; backward reads 4 and writes 2: z and g are recomputed.
+// A lane is one element of a state (C, *S). A block of lanes runs through all of T, or through a chunk of it where
+// lanes are few (carry.h), with its state in L1; threads share blocks and chunks. Forward reads 2 and writes 1 element
+// per output; backward reads 4 and writes 2: z and g are recomputed.
 // Source: Feng et al. 2024, arXiv 2410.01201.
 
 #include <algorithm>
 
+#include "carry.h"
 #include "math.h"
 #include "tensor.h"
 
 namespace convrnn {
 namespace {
-
-constexpr int64_t kBlock = 256;  // lanes that advance together: their state fills at most 2 KiB
 
 // Lanes of one frame. Channels first, gates and hidden values are two runs of C*S lanes; channels last, each pixel has
 // a run of C gates and then C hidden values. Either way hidden = gate + run, and states are dense in lane order.
@@ -24,13 +24,10 @@ struct Frame {
   Frame(const Shape& gate_hidden, bool channels_last) {
     lanes = numel(gate_hidden, 2) / 2;
     run = channels_last ? gate_hidden[2] / 2 : lanes;
-    groups = run > 0 && run < kBlock ? std::max<int64_t>(1, std::min(kBlock / run, lanes / run)) : 1;
-  }
-  int64_t block() const {
-    return run < kBlock ? run * groups : kBlock;
+    groups = run > 0 && run < kBlock ? std::min(kBlock / run, lanes / run) : 1;
   }
   int64_t blocks_in_run() const {
-    return run < kBlock ? 1 : (run + kBlock - 1) / kBlock;
+    return (run + kBlock - 1) / kBlock;
   }
   int64_t blocks() const {
     if (lanes == 0) {
@@ -40,11 +37,13 @@ struct Frame {
   }
 };
 
-// One block: `groups` runs of `n` lanes at lane offset `lane`, gates at element offset `gate`.
+// A block of row b: `groups` runs of `n` lanes, the first at lane `lane` and with its gate at element `gate` of a
+// frame.
 struct Block {
-  int64_t lane, gate, n, groups;
+  int64_t b, lane, gate, n, groups, flat;
 
-  Block(const Frame& f, int64_t index) {
+  Block(const Frame& f, int64_t task) : b(task / f.blocks()) {
+    const int64_t index = task % f.blocks();
     if (f.run < kBlock) {
       const int64_t first = index * f.groups;
       lane = first * f.run;
@@ -59,89 +58,181 @@ struct Block {
       n = std::min(kBlock, f.run - in_run);
       groups = 1;
     }
+    flat = b * f.lanes + lane;
   }
+  int64_t lanes() const {
+    return groups * n;
+  }
+};
+
+// A block's walk. Pointers stand at its first step, which backward in time is the last, and distances are negative
+// then.
+template <class T>
+struct Walk {
+  int64_t steps, n, groups, run;
+  const T* gate;
+  int64_t gate_step;
+  int64_t ahead;  // steps to prefetch
+
+  Walk(const Frame& f, const Block& block, int64_t steps, const T* gate, int64_t gate_step)
+      : steps(steps), n(block.n), groups(block.groups), run(f.run), gate(gate + block.gate), gate_step(gate_step),
+        ahead(prefetch_steps(f.lanes)) {}
 };
 
 template <class T>
 struct Forward {
-  static CONVRNN_INLINE void run(const T* gate, T* h, acc_t<T>* state, int64_t steps, int64_t groups, int64_t n,
-                                 int64_t run, int64_t gate_step, int64_t h_step) {
-    using A = acc_t<T>;
-    for (int64_t t = 0; t < steps; ++t, gate += gate_step, h += h_step) {
-      for (int64_t j = 0; j < groups; ++j) {
-        const T* z = gate + j * 2 * run;
-        const T* x = z + run;
-        T* out = h + j * n;
-        A* s = state + j * n;
-        CONVRNN_LANES
-        for (int64_t i = 0; i < n; ++i) {
-          // from the nearer end: z (g - h) where z is small, 1 - z times (h - g) where it is not
-          const A gate = A(z[i]), candidate = g(A(x[i]));
-          const A nearer = gate >= A(0) ? candidate : s[i];
-          const A other = gate >= A(0) ? s[i] : candidate;
-          const A v = nearer + sigmoid_tail(gate) * (other - nearer);
-          s[i] = v;
-          out[i] = static_cast<T>(v);
+  using A = acc_t<T>;
+
+  template <Carrying carrying>
+  static CONVRNN_INLINE void step(const Walk<T>& w, const T* gate, T* h, int64_t h_step, const Carry<A>& carry) {
+    for_pieces(w.groups, w.n, [&](int64_t j, int64_t begin, int64_t n) __attribute__((always_inline)) {
+      const T* z = gate + j * 2 * w.run + begin;
+      const T* x = z + w.run;
+      T* out = h + j * w.n + begin;
+      const Carry<A> c = carry.at(j * w.n + begin);
+      prefetch(z + w.ahead * w.gate_step, n);
+      prefetch(x + w.ahead * w.gate_step, n);
+      prefetch(out + w.ahead * h_step, n);
+      CONVRNN_LANES
+      for (int64_t i = 0; i < n; ++i) {
+        // from the nearer end: z (g - h) where z is small, 1 - z times (h - g) where it is not
+        const A gate = load(z[i]), candidate = g(load(x[i])), before = c.value[i];
+        const bool large = gate >= A(0);
+        const A tail = sigmoid_tail(gate);
+        const A nearer = large ? candidate : before;
+        A move = tail * ((large ? before : candidate) - nearer);
+        if constexpr (carrying != Carrying::plain) {
+          move += large ? A(0) : c.low[i];
         }
+        const A v = nearer + move;
+        if constexpr (carrying != Carrying::plain) {
+          c.low[i] = large ? A(0) : move - (v - nearer);
+        }
+        if constexpr (carrying == Carrying::tracked) {
+          c.track(i, tail, large);
+        }
+        c.value[i] = v;
+        store(out[i], v);
       }
-    }
+    });
+  }
+
+  static CONVRNN_INLINE void run(Walk<T> w, T* h, int64_t h_step, Carry<A> carry, Pass pass, Carry<A> began) {
+    walk(w.steps, w.n * w.groups, carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
+      step<decltype(carrying)::value>(w, w.gate + t * w.gate_step, h + t * h_step, h_step, carry);
+    });
   }
 };
 
-// Pointers stand at the last step and move back. `carry` is dL/dh_t on entry to each step, less dL/dout_t.
+// What backward reads and writes beside the gates.
+template <class T>
+struct Gradients {
+  const T* before;        // h before the step
+  const acc_t<T>* start;  // and before the last of the walk, where that is the first of the sequence
+  const T* up;            // dL/dh
+  T* dgate;
+  int64_t before_step, up_step, dgate_step;
+};
+
+// The carry is dL/dh_t on entry to each step, less dL/dout_t.
 template <class T>
 struct Backward {
-  static CONVRNN_INLINE void run(const T* gate, const T* h, const acc_t<T>* first, const T* dh, T* dgate,
-                                 acc_t<T>* carry, int64_t steps, int64_t groups, int64_t n, int64_t run,
-                                 int64_t gate_step, int64_t h_step, int64_t dh_step, int64_t dgate_step) {
-    using A = acc_t<T>;
-    for (int64_t t = steps - 1; t >= 0; --t, gate -= gate_step, h -= h_step, dh -= dh_step, dgate -= dgate_step) {
-      for (int64_t j = 0; j < groups; ++j) {
-        const T* z = gate + j * 2 * run;
-        const T* x = z + run;
-        const T* before = h - h_step + j * n;
-        const A* start = first + j * n;
-        const T* up = dh + j * n;
-        T* dz = dgate + j * 2 * run;
-        T* dx = dz + run;
-        A* c = carry + j * n;
-        const auto lane = [&](int64_t i, A h_before) __attribute__((always_inline)) {
-          A complement, slope;
-          const A update = sigmoid(A(z[i]), complement);
-          const A candidate = g(A(x[i]), slope);
-          const A total = c[i] + A(up[i]);
-          const A through = total * update;
-          dz[i] = static_cast<T>(through * complement * (candidate - h_before));
-          dx[i] = static_cast<T>(through * slope);
-          c[i] = total * complement;
-        };
-        if (t > 0) {
-          CONVRNN_LANES
-          for (int64_t i = 0; i < n; ++i) {
-            lane(i, A(before[i]));
-          }
-        } else {
-          CONVRNN_LANES
-          for (int64_t i = 0; i < n; ++i) {
-            lane(i, start[i]);
-          }
+  using A = acc_t<T>;
+
+  template <Carrying carrying, class Before>
+  static CONVRNN_INLINE void step(const Walk<T>& w, const Gradients<T>& d, int64_t t, const Before* before,
+                                  const Carry<A>& carry) {
+    for_pieces(w.groups, w.n, [&](int64_t j, int64_t begin, int64_t n) __attribute__((always_inline)) {
+      const int64_t first = j * w.n + begin;
+      const T* z = w.gate + t * w.gate_step + j * 2 * w.run + begin;
+      const T* x = z + w.run;
+      const Before* h = before + first;
+      const T* up = d.up + t * d.up_step + first;
+      T* dz = d.dgate + t * d.dgate_step + j * 2 * w.run + begin;
+      T* dx = dz + w.run;
+      const Carry<A> c = carry.at(first);
+      prefetch(z + w.ahead * w.gate_step, n);
+      prefetch(x + w.ahead * w.gate_step, n);
+      prefetch(h + w.ahead * d.before_step, n);
+      prefetch(up + w.ahead * d.up_step, n);
+      prefetch(dz + w.ahead * d.dgate_step, n);
+      prefetch(dx + w.ahead * d.dgate_step, n);
+      CONVRNN_LANES
+      for (int64_t i = 0; i < n; ++i) {
+        const A gate = load(z[i]);
+        const bool large = gate >= A(0);
+        const A tail = sigmoid_tail(gate);
+        A slope;
+        const A candidate = g(load(x[i]), slope);
+        A more = load(up[i]);
+        if constexpr (carrying != Carrying::plain) {
+          more += c.low[i];
         }
+        const A total = c.value[i] + more;
+        const A part = total * tail;
+        const A rest = total - part;
+        store(dz[i], (part - part * tail) * (candidate - load(h[i])));
+        store(dx[i], (large ? rest : part) * slope);
+        if constexpr (carrying != Carrying::plain) {
+          const A error = (more - (total - c.value[i])) + ((total - rest) - part);
+          c.low[i] = large ? A(0) : error;
+        }
+        if constexpr (carrying == Carrying::tracked) {
+          c.track(i, tail, large);
+        }
+        c.value[i] = large ? part : rest;
       }
-    }
+    });
+  }
+
+  static CONVRNN_INLINE void run(Walk<T> w, Gradients<T> d, Carry<A> carry, Pass pass, Carry<A> began) {
+    walk(w.steps, w.n * w.groups, carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
+      if (d.start != nullptr && t == w.steps - 1) {
+        step<decltype(carrying)::value>(w, d, t, d.start, carry);
+      } else {
+        step<decltype(carrying)::value>(w, d, t, d.before + t * d.before_step, carry);
+      }
+    });
   }
 };
 
-// A state (B, C, *S) as fp32 (fp64) values in lane order; `fill` everywhere where there is none.
-Tensor lane_state(const std::optional<Tensor>& h, const Tensor& like, const Shape& sizes, bool channels_last,
-                  double fill) {
-  const ScalarType dtype = state_dtype(like);
-  Tensor state = empty(like, sizes, dtype, 1, channels_last);
-  if (h.has_value()) {
-    torch::stable::copy_(state, *h);
-  } else {
-    torch::stable::fill_(state, fill);
+// A state (B, C, *S) of any dtype, read in lane order; `otherwise` everywhere where there is none.
+class LaneState {
+ public:
+  LaneState(const std::optional<Tensor>& h, bool channels_last, double otherwise) : otherwise_(otherwise) {
+    if (h.has_value()) {
+      h_ = to_layout(*h, 1, channels_last);
+    }
   }
-  return state;
+  template <class A>
+  void read(const Block& block, A* to) const {
+    if (!h_.has_value()) {
+      std::fill_n(to, block.lanes(), static_cast<A>(otherwise_));
+      return;
+    }
+    dispatch_dtype("convrnn::mingru", *h_, [&](auto zero) {
+      const auto* from = data<decltype(zero)>(*h_) + block.b * h_->stride(0) + block.lane;
+      for (int64_t i = 0; i < block.lanes(); ++i) {
+        to[i] = static_cast<A>(load(from[i]));
+      }
+    });
+  }
+
+ private:
+  std::optional<Tensor> h_;
+  double otherwise_;
+};
+
+// Writes a block of a dense state of any dtype.
+template <class A>
+void write(const Tensor& h, const Block& block, const A* from) {
+  dispatch_dtype("convrnn::mingru", h, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = mutable_data<T>(h) + block.flat;
+    for (int64_t i = 0; i < block.lanes(); ++i) {
+      store(to[i], static_cast<acc_t<T>>(from[i]));
+    }
+  });
 }
 
 Shape state_sizes(const Tensor& gate_hidden) {
@@ -172,27 +263,28 @@ std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional
   const Tensor packed = to_layout(gate_hidden, 2, channels_last);
   const Shape sizes = shape(packed);
   const Frame frame(sizes, channels_last);
-  const int64_t steps = sizes[1];
+  const int64_t steps = sizes[1], lanes = frame.lanes;
+  const LaneState first(h0, channels_last, 0.5);
   Tensor h = empty(packed, sequence_sizes(packed), packed.scalar_type(), 2, channels_last);
-  Tensor state = lane_state(h0, packed, state_sizes(packed), channels_last, 0.5);
+  Tensor h_n = empty(packed, state_sizes(packed), h0.has_value() ? h0->scalar_type() : packed.scalar_type(), 1,
+                     channels_last);
 
   dispatch_dtype("convrnn::mingru", packed, [&](auto zero) {
     using T = decltype(zero);
+    using C = Carry<acc_t<T>>;
     const T* gate = data<T>(packed);
     T* out = mutable_data<T>(h);
-    auto* s = mutable_data<acc_t<T>>(state);
-    const int64_t batch_step = packed.stride(0), gate_step = packed.stride(1);
-    torch::stable::parallel_for(0, sizes[0] * frame.blocks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t b = index / frame.blocks();
-        const Block block(frame, index % frame.blocks());
-        run<Forward<T>>(gate + b * batch_step + block.gate, out + b * steps * frame.lanes + block.lane,
-                        s + b * frame.lanes + block.lane, steps, block.groups, block.n, frame.run, gate_step,
-                        frame.lanes);
-      }
-    });
+    const int64_t gate_batch = packed.stride(0), gate_step = packed.stride(1);
+    scan<C, acc_t<T>>(
+        sizes[0] * frame.blocks(), sizes[0] * lanes, steps, false, [&](int64_t task) { return Block(frame, task); },
+        [&](const Block& block, const C& carry) { first.read(block, carry.value); },
+        [&](const Block& block, Chunk chunk, const C& carry, Pass pass, const C& began) {
+          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + chunk.begin * gate_step, gate_step);
+          run<Forward<T>>(w, out + (block.b * steps + chunk.begin) * lanes + block.lane, lanes, carry, pass, began);
+        },
+        [&](const Block& block, const C& carry) { write(h_n, block, carry.value); });
   });
-  return {h, to_dtype(state, h0.has_value() ? h0->scalar_type() : packed.scalar_type())};
+  return {h, h_n};
 }
 
 std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, const std::optional<Tensor>& dh_n,
@@ -210,40 +302,50 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
   const bool channels_last = is_channels_last(gate_hidden, 2);
   const Tensor packed = to_layout(gate_hidden, 2, channels_last);
   const Tensor states = to_layout(h, 2, channels_last);
+  const std::optional<Tensor> up = dh.has_value() ? to_layout(*dh, 2, channels_last) : dh;
   const Shape sizes = shape(packed);
   const Frame frame(sizes, channels_last);
-  const int64_t steps = sizes[1];
+  const int64_t steps = sizes[1], lanes = frame.lanes;
+  const LaneState first(h0, channels_last, 0.5), last(dh_n, channels_last, 0.);
   Tensor dpacked = empty(packed, sizes, packed.scalar_type(), 2, channels_last);
-  const Tensor first = lane_state(h0, packed, state_sizes(packed), channels_last, 0.5);
-  Tensor carry = lane_state(dh_n, packed, state_sizes(packed), channels_last, 0.);
-  // No gradient of h: one frame of zeros that every step reads.
-  const Tensor up = dh.has_value() ? to_layout(*dh, 2, channels_last)
-                                   : torch::stable::new_zeros(packed, Shape{1, 1, frame.lanes});
-  const int64_t up_batch = dh.has_value() ? up.stride(0) : 0;
-  const int64_t up_step = dh.has_value() ? up.stride(1) : 0;
+  Tensor dh0 = h0.has_value() ? empty(packed, state_sizes(packed), h0->scalar_type(), 1, channels_last)
+                              : nothing(packed);
 
   dispatch_dtype("convrnn::mingru_backward", packed, [&](auto zero) {
     using T = decltype(zero);
-    const T *gate = data<T>(packed), *out = data<T>(states), *du = data<T>(up);
-    const auto* start = data<acc_t<T>>(first);
+    using C = Carry<acc_t<T>>;
+    const T *gate = data<T>(packed), *out = data<T>(states), *du = up.has_value() ? data<T>(*up) : nullptr;
     T* dgate = mutable_data<T>(dpacked);
-    auto* c = mutable_data<acc_t<T>>(carry);
     const int64_t gate_batch = packed.stride(0), gate_step = packed.stride(1);
     const int64_t h_batch = states.stride(0), h_step = states.stride(1);
-    const int64_t last = steps - 1, lanes = frame.lanes;
-    torch::stable::parallel_for(0, sizes[0] * frame.blocks(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t b = index / frame.blocks();
-        const Block block(frame, index % frame.blocks());
-        run<Backward<T>>(gate + b * gate_batch + last * gate_step + block.gate,
-                         out + b * h_batch + last * h_step + block.lane, start + b * lanes + block.lane,
-                         du + b * up_batch + last * up_step + block.lane,
-                         dgate + (b * steps + last) * 2 * lanes + block.gate, c + b * lanes + block.lane, steps,
-                         block.groups, block.n, frame.run, gate_step, h_step, up_step, 2 * lanes);
-      }
-    });
+    const int64_t up_batch = up.has_value() ? up->stride(0) : 0, up_step = up.has_value() ? up->stride(1) : 0;
+    const T zeros[kBlock] = {};  // no gradient of h: every step reads these
+    scan<C, acc_t<T>>(
+        sizes[0] * frame.blocks(), sizes[0] * lanes, steps, true, [&](int64_t task) { return Block(frame, task); },
+        [&](const Block& block, const C& carry) { last.read(block, carry.value); },
+        [&](const Block& block, Chunk chunk, const C& carry, Pass pass, const C& began) {
+          acc_t<T> start[kBlock];
+          if (chunk.begin == 0) {
+            first.read(block, start);
+          }
+          const int64_t t = chunk.begin + chunk.steps - 1;
+          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + t * gate_step, -gate_step);
+          const Gradients<T> d = {out + block.b * h_batch + (t - 1) * h_step + block.lane,
+                                  chunk.begin == 0 ? start : nullptr,
+                                  du == nullptr ? zeros : du + block.b * up_batch + t * up_step + block.lane,
+                                  dgate + (block.b * steps + t) * 2 * lanes + block.gate,
+                                  -h_step,
+                                  -up_step,
+                                  -2 * lanes};
+          run<Backward<T>>(w, d, carry, pass, began);
+        },
+        [&](const Block& block, const C& carry) {
+          if (h0.has_value()) {
+            write(dh0, block, carry.value);
+          }
+        });
   });
-  return {dpacked, h0.has_value() ? to_dtype(carry, h0->scalar_type()) : nothing(packed)};
+  return {dpacked, dh0};
 }
 
 }  // namespace

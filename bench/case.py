@@ -9,6 +9,7 @@ from torch import Tensor
 from .providers import Provider, Run
 
 OURS = "convrnn"
+FLOOR = "floor"  # no provider: what memory alone takes, timed beside them
 GRAPH = " in a CUDA graph"  # ends the name of a provider that runs in one
 TRAINING = ("forward", "backward", "step")  # step: forward and backward, every gradient
 STREAM = ("stream",)  # one time step, the state that comes out going in again
@@ -27,11 +28,19 @@ class Work:
 
 @dataclass
 class Problem:
-    """A case made concrete: its inputs, the truth as a function of them, and who computes it."""
+    """A case made concrete.
+
+    Attributes:
+        inputs: of every provider.
+        truth: the result as a function of them, in float64.
+        providers: who computes it.
+        floors: for each pass a call that moves the bytes it cannot avoid and does nothing else, where there is one.
+    """
 
     inputs: list[Tensor]
     truth: Run
     providers: dict[str, Provider]
+    floors: dict[str, Callable[[], object]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,20 @@ class Case:
     def problem(self, device: torch.device) -> Problem:
         torch.manual_seed(0)
         return self.build(device, self.dtype)
+
+
+def adding(packed: Tensor) -> dict[str, Callable[[], object]]:
+    """The bytes of minGRU over ``packed`` (2n elements), moved by torch.add: n + n to n, and 2n + 2n to 2n for backward."""
+    flat = packed.detach().flatten()
+    halves, other = flat.chunk(2), flat.clone()
+
+    def forward() -> object:
+        return torch.add(*halves)
+
+    def backward() -> object:
+        return torch.add(flat, other)
+
+    return {"forward": forward, "backward": backward, "step": lambda: (forward(), backward())}
 
 
 def elementwise(elements: int, dtype: torch.dtype, moved: int, flop: int) -> Work:

@@ -1,7 +1,7 @@
 """Counts the instructions of the CPU kernels, which no noise moves: ``python -m bench.instructions``.
 
 Each pass of each case runs under valgrind's callgrind, on our provider alone and one thread. Counted is what happens
-between entry and return of our C++ ops, with all that they call (oneDNN's convolutions in gru_rcn), less the C library's
+between entry and return of our C++ ops, with all that they call, less the C library's
 allocator, whose work depends on all that ran before; Python and autograd are not. Ends with status 1 if a count grew against those of ``--compare``, 2 if nothing can be counted.
 
 Time is another matter: a count knows nothing of caches, of memory, and of what an instruction costs. Valgrind hides

@@ -13,7 +13,9 @@ from .results import Results, Row
 WIDTH = 176  # the table's; a narrower terminal wraps it
 LEGEND = (
     "ms: median (p20-p80) of turns spread over the run; x: the best baseline's time over this one's, side by side; GB/s: bytes "
-    "that cannot be avoided; kept: for backward; peak: memory a training step adds; rates: of the last pass shown. Yellow "
+    "that cannot be avoided; kept: for backward; peak: memory a training step adds; floors: "
+    "forward / step over the time that their bytes alone (torch.add beside it, or the copy's rate) or their arithmetic (the peak) "
+    "take; rates: of the last pass shown. Yellow "
     "errors: inexact by nature."
 )
 NAMES = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE.items()}
@@ -46,10 +48,11 @@ def show(results: Results, console: Console) -> None:
 def table(results: Results, case: str, rows: list[Row], header: bool) -> Table:
     """A line for each provider; rates are those of the training step, or of the one pass there is."""
     found = Table(title=case, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=header)
-    found.add_column("provider", width=26, no_wrap=True)
+    found.add_column("provider", width=22, no_wrap=True)
     for what in ("forward or stream", "backward", "step"):
         found.add_column(f"{what}, ms", width=22, no_wrap=True)
         found.add_column("x", justify="right", width=5)
+    found.add_column("floors", justify="right", width=11, no_wrap=True)
     for name in ("GB/s", "of copy", "GFLOP/s", "of peak", "kept MB", "peak MB", "error"):
         found.add_column(name, justify="right", width=7, no_wrap=True)
     for provider in dict.fromkeys(row.provider for row in rows):
@@ -68,6 +71,7 @@ def line(results: Results, passes: dict[str, Row]) -> list[str | Text]:
     exact = last.error <= NAMES[last.dtype]
     return [
         *cells,
+        "/".join(ratio(results.floors(passes[what])) for what in ("forward", "stream", "step") if what in passes),
         f"{last.gb_s:.1f}",
         f"{results.copy_share(last):.0%}",
         f"{last.gflop_s:.1f}",

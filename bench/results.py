@@ -28,6 +28,7 @@ class Row:
         error: worst error of output and gradients against float64, relative to the largest value of each.
         kept_bytes: what the forward keeps for the backward beside inputs and parameters.
         peak_bytes: memory that a training step adds at its peak.
+        floor_ms: time that moving the same bytes took beside it, where that was timed.
         speedup, speedup_p20, speedup_p80: how many times the best baseline's time it takes less, within sweeps.
     """
 
@@ -45,6 +46,7 @@ class Row:
     error: float
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    floor_ms: float | None = None
     speedup: float | None = None
     speedup_p20: float | None = None
     speedup_p80: float | None = None
@@ -95,6 +97,12 @@ class Results:
     def peak_share(self, row: Row) -> float:
         return row.gflop_s / self.peaks[row.dtype]
 
+    def floors(self, row: Row) -> float:
+        """The time of a pass in floors: moving its bytes as timed beside it or, where it was not, at the copy's rate, or
+        its arithmetic at the measured peak, whichever takes longer."""
+        peaks = max(row.bytes / self.peaks["copy"], row.flop / self.peaks[row.dtype]) / 1e6
+        return row.ms / (row.floor_ms or peaks)
+
     def save(self, path: Path) -> None:
         """Writes ``path`` (JSON) and, beside it, the same table as CSV."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,14 +116,14 @@ class Results:
                 writer.writerow({name: self.cell(row, name) for name in CSV_COLUMNS})
 
     def cell(self, row: Row, name: str) -> object:
-        value = getattr(self, name)(row) if name in ("copy_share", "peak_share") else getattr(row, name)
+        value = getattr(self, name)(row) if name in ("copy_share", "peak_share", "floors") else getattr(row, name)
         return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 CSV_COLUMNS = (
     *("case", "op", "shape", "dtype", "group", "provider", "what"),
     *("ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80"),
-    *("gb_s", "copy_share", "gflop_s", "peak_share", "error", "kept_bytes", "peak_bytes"),
+    *("gb_s", "copy_share", "gflop_s", "peak_share", "floors", "error", "kept_bytes", "peak_bytes"),
 )
 
 
@@ -149,6 +157,6 @@ def add_speedups(rows: list[Row]) -> None:
             samples.setdefault(sweep, []).append(ms)
         reference = {sweep: statistics.median(found) for sweep, found in samples.items()}
         for row in group:
-            ratios = [reference[sweep] / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
+            ratios = [reference.get(sweep, best.ms) / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
             row.speedup = statistics.median(ratios)
             row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)

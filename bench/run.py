@@ -1,12 +1,14 @@
 """A run: every case in several sweeps, so that the spread holds what the machine does over minutes."""
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from . import machine, measure
-from .case import GRAPH, Case, Problem
+from .case import FLOOR, GRAPH, OURS, Case, Problem
 from .measure import Key
 from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
@@ -38,6 +40,7 @@ class Subject:
     case: Case
     problem: Problem
     rows: dict[Key, Row] = field(default_factory=dict)
+    floors: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Bench:
@@ -128,13 +131,21 @@ class Bench:
     def time(self, subject: Subject, sweep: int) -> None:
         tasks = {
             key: measure.task(key[1], subject.problem.providers[key[0].removesuffix(GRAPH)], subject.problem)
-            for key in subject.rows
+            for key, row in subject.rows.items()
+            if sweep == 0 or row.samples_ms[0] < measure.VERY_SLOW_MS or key[0] == OURS
         }
+        tasks |= {(FLOOR, what): task for what, task in subject.problem.floors.items() if what in subject.case.passes}
         turns = measure.by_turns(tasks, self.effort.rounds, self.device)
         for key, row in subject.rows.items():
-            for samples in turns[key]:
+            for samples in turns.get(key, []):
                 row.samples_ms += (float(f"{ms:.5g}") for ms in samples)
                 row.sweeps += [sweep] * len(samples)
+        for what in subject.problem.floors.keys() & set(subject.case.passes):
+            found = subject.floors.setdefault(what, [])
+            found += chain(*turns[FLOOR, what])
+            for key, row in subject.rows.items():
+                if key[1] == what:
+                    row.floor_ms = statistics.median(found)
         if sweep == 0:
             self.results.rows += subject.rows.values()
         for what in subject.case.passes:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import convrnn
 from convrnn import reference
 
-from .case import OURS, STREAM, Case, Problem, Work, convolution_work, elementwise
+from .case import OURS, STREAM, Case, Problem, Work, adding, convolution_work, elementwise
 from .providers import (
     LOG_SPACE_TOLERANCE,
     FirstOutput,
@@ -39,7 +39,9 @@ def mingru(*shape: int, dtype: torch.dtype = torch.float32, others: tuple[str, .
             providers["time loop"] = Provider(time_loop, compile=False)
         providers["log space"] = Provider(log_space(), tolerance=LOG_SPACE_TOLERANCE)
         providers |= {name: provider for name, provider in peers().items() if name in others}
-        return Problem([gate_hidden], lambda gate_hidden: reference.mingru(gate_hidden)[0], providers)
+        return Problem(
+            [gate_hidden], lambda gate_hidden: reference.mingru(gate_hidden)[0], providers, adding(gate_hidden)
+        )
 
     n = torch.Size(shape).numel()
     return Case("mingru", shape, build, elementwise(n, dtype, 3, 5), elementwise(n, dtype, 6, 12), dtype, **options)

@@ -48,6 +48,7 @@ def test_kernel_sizes(kernel, device):
 
 def test_kernels_of_different_sizes(device):
     check_against_reference(gru_rcn, reference.gru_rcn, make(kernels=[(5, 3), (3, 3), (1, 2)], device=device))
+    check_against_reference(gru_rcn, reference.gru_rcn, make(size=(3,), kernels=[(4,), (6,), (2,)], device=device))
 
 
 @pytest.mark.parametrize("size", [(7,), (1,), (1, 1), (1, 9), (3, 2, 4)], ids=str)
@@ -95,9 +96,8 @@ def test_recomputed_activations_are_those_kept(h0, dtype, device):
     assert kept - without >= 3 * expected[0].numel() - 3 * 16
     for a, b in zip(actual, expected, strict=True):
         # the state of a later step is read back in 16 bits where they are computed again
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=(0.05 if dtype == torch.bfloat16 else 1e-5) * b.abs().max().item()
-        )
+        tolerance = 0.015 if dtype == torch.bfloat16 else 1e-6 if INTERPRETED or device == "cuda" else 0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
 
 
 @pytest.mark.compiled
@@ -108,16 +108,29 @@ def test_recomputed_activations_are_those_kept(h0, dtype, device):
 def test_threads_do_not_change_a_bit(channels, size, batch):
     """Whether threads take whole samples or share rows and channels follows from their number."""
     before = torch.get_num_threads()
+    leaves = [x.requires_grad_() for x in make(batch, 5, channels, size, bias=True)]
     results = []
-    for threads in (1, 2, 4, 5):
-        torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        leaves = [x.requires_grad_() for x in make(batch, 3, channels, size, bias=True)]
-        out, h_n = gru_rcn(*leaves)
-        results.append((out, h_n, *torch.autograd.grad(out.square().sum() + h_n.sum(), leaves)))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 4, 5):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                inference = gru_rcn(*leaves)
+            for recompute in (False, True):
+                out, h_n = gru_rcn(*leaves, recompute=recompute)
+                gradients = torch.autograd.grad(out.square().sum() + h_n.sum(), leaves)
+                results.append((*inference, out, h_n, *gradients))
+    finally:
+        torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.compiled
+def test_many_chunks_of_steps():
+    """Backward works on as many steps at a time as a few megabytes hold."""
+    arguments = make(1, 7, (5, 64), (28, 28), bias=True, dtype=torch.float64)
+    arguments[2:5] = [w / 4 for w in arguments[2:5]]
+    check_against_reference(gru_rcn, reference.gru_rcn, arguments)
 
 
 def test_inference_gives_the_same_states(device):

@@ -28,7 +28,7 @@ class GRU_RCN(nn.Module):
         batch_first: True for sequences (B, L, ...), False for (L, B, ...).
         bias: learn a bias for each of z, r and c; it starts at zero.
         recompute: in training keep the states alone and compute z, r and c again in backward: a quarter of the memory
-            of hidden size, for about another forward pass of time.
+            of hidden size, for about another forward pass of time (see :func:`convrnn.gru_rcn`).
         device: where the parameters live.
         dtype: their dtype.
 

@@ -26,6 +26,9 @@ def gru_rcn(
     runs once over all frames, weight gradients are batched over time, and state and gates are computed in fp32 (fp64 for
     float64). Saved for backward: the arguments, the states and [z, r, c], or with ``recompute`` the arguments and the states.
 
+    On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
+    Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
+
     Under autocast, x, the weights and the bias are cast once a call and the state stays fp32.
 
     Args:
@@ -36,7 +39,8 @@ def gru_rcn(
         C: (Oh, Oh, *k), the recurrent kernel of the candidate. The kernel sizes of W, U and C may differ.
         bias: (3*Oh,) in the order z, r, candidate, or None.
         recompute: compute the activations again in backward instead of keeping them: a quarter of the memory of
-            hidden size is kept, for about another forward pass of time.
+            hidden size is kept, for about another forward pass of time. On the CPU with 16-bit tensors they follow from
+            the states as returned, rounded, and differ from the first ones by that.
 
     Returns:
         ``out`` (B, T, Oh, *S), contiguous, in the dtype of ``x``, and ``h_n`` (B, Oh, *S), the state after the last frame
@@ -204,11 +208,11 @@ def _odd(weight: Tensor) -> Tensor:
 
 def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
     """The gradient of ``weight`` from that of ``_odd(weight)``; as it is where nobody asked for it."""
-    if gradient.dim() != weight.dim():
+    if gradient.dim() != weight.dim() or gradient.shape == weight.shape:
         return gradient
     for dim in range(2, weight.dim()):
         gradient = gradient.narrow(dim, gradient.shape[dim] - weight.shape[dim], weight.shape[dim])
-    return gradient.contiguous()
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _triton(

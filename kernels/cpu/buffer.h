@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <utility>
-#include <vector>
 
 namespace convrnn {
 
@@ -28,14 +28,11 @@ class BlockCache {
   // A block of at least so many bytes, and no more than twice as many.
   Block take(size_t bytes) {
     if (const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock); lock) {
-      const auto best = std::min_element(blocks_.begin(), blocks_.end(), [&](const Block& a, const Block& b) {
+      const Block* best = std::min_element(blocks_, blocks_ + count_, [&](const Block& a, const Block& b) {
         return std::make_pair(a.bytes < bytes, a.bytes) < std::make_pair(b.bytes < bytes, b.bytes);
       });
-      if (best != blocks_.end() && best->bytes >= bytes && best->bytes / 2 <= bytes) {
-        const Block found = *best;
-        kept_ -= found.bytes;
-        blocks_.erase(best);
-        return found;
+      if (best != blocks_ + count_ && best->bytes >= bytes && best->bytes / 2 <= bytes) {
+        return remove(best - blocks_);
       }
     }
     constexpr size_t line = 64;
@@ -44,26 +41,41 @@ class BlockCache {
     if (data == nullptr) {
       throw std::bad_alloc();
     }
+#ifdef __SANITIZE_ADDRESS__
+    std::memset(data, 0xff, bytes);  // NaN: what is read before it is written shows
+#endif
     return {data, bytes};
   }
 
   void give(Block block) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) {
+    if (!lock || block.bytes > kKept || count_ == kBlocks) {
       return std::free(block.data);
     }
-    blocks_.push_back(block);
-    kept_ += block.bytes;
-    for (; kept_ > kKept; blocks_.erase(blocks_.begin())) {  // the oldest go first
-      kept_ -= blocks_.front().bytes;
-      std::free(blocks_.front().data);
+    blocks_[count_++] = block;
+    for (kept_ += block.bytes; kept_ > kKept;) {  // the oldest go first
+      std::free(remove(0).data);
     }
   }
 
  private:
+  Block remove(int64_t i) {
+    const Block found = blocks_[i];
+    kept_ -= found.bytes;
+    std::copy(blocks_ + i + 1, blocks_ + count_, blocks_ + i);
+    --count_;
+    return found;
+  }
+
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kKept = 0;  // a block that is used again hides what lies behind its end
+#else
   static constexpr size_t kKept = 64 << 20;
+#endif
+  static constexpr int64_t kBlocks = 64;
   std::mutex mutex_;
-  std::vector<Block> blocks_;
+  Block blocks_[kBlocks];
+  int64_t count_ = 0;
   size_t kept_ = 0;
 };
 

@@ -25,8 +25,8 @@ constexpr int64_t kTiles = 64;  // that are transformed at a time: their product
 std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks) {
   std::vector<Panel> panels;
   for (int64_t gate = 0; gate < gates; ++gate) {
-    for (int64_t block = 0; block < padded(lanes) / kBlock; block += most_blocks) {
-      panels.push_back({gate, block * kBlock, std::min(most_blocks, padded(lanes) / kBlock - block)});
+    for (int64_t block = 0; block < padded(lanes) / kColumns; block += most_blocks) {
+      panels.push_back({gate, block * kColumns, std::min(most_blocks, padded(lanes) / kColumns - block)});
     }
   }
   return panels;
@@ -50,7 +50,7 @@ ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const
 
 bool ConvShape::winograd() const {
   const Size& size = frame.size;
-  if (kernel.depth != 1 || kernel.height != 3 || kernel.width != 3 || size.depth != 1 || in.total() < kBlock / 2) {
+  if (kernel.depth != 1 || kernel.height != 3 || kernel.width != 3 || size.depth != 1 || in.total() < kColumns / 2) {
     return false;
   }
   // Products of the two methods; the transforms cost about a quarter of those they come with.
@@ -71,7 +71,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
     : shape_(shape), winograd_(shape.winograd()) {
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
-  panel_size_ = (winograd_ ? kProducts : taps) * lanes * kBlock;
+  panel_size_ = (winograd_ ? kProducts : taps) * lanes * kColumns;
   std::vector<int64_t> offsets;
   for (const Panel& panel : panels_) {
     offsets.push_back(packed_size_);
@@ -82,7 +82,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
     std::vector<A> w(taps * panel_width());
     for (int64_t index = begin; index < end; ++index) {
       const Panel& panel = panels_[index];
-      const int64_t width = panel.blocks * kBlock;
+      const int64_t width = panel.blocks * kColumns;
       const int64_t first = panel.gate * shape.out.count + panel.channel;
       const int64_t count = std::min(width, shape.out.count - panel.channel);
       A* packed = packed_.data() + offsets[index];
@@ -135,7 +135,7 @@ void Convolution<A>::operator()(const A* frame, const Part& part, A* out, int64_
 template <class A>
 void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const {
   const Size &size = shape_.frame.size, &kernel = shape_.kernel;
-  const int64_t lanes = shape_.in.lanes(), pixel = shape_.in.pixel, width = panel.blocks * kBlock;
+  const int64_t lanes = shape_.in.lanes(), pixel = shape_.in.pixel, width = panel.blocks * kColumns;
   const int64_t first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
   const bool dense = lanes == pixel;  // a row's taps follow one another as its pixels do: one long product
   std::vector<Factors<A>> factors;
@@ -177,7 +177,7 @@ void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t 
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {
-      const int64_t width = panel.blocks * kBlock, product_plane = plane_size(count, width);
+      const int64_t width = panel.blocks * kColumns, product_plane = plane_size(count, width);
       if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
         for (int64_t product = 0; product < kProducts; ++product) {
           const Factors<A> factors{inputs + product * plane, weights + product * lanes * width};

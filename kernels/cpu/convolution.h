@@ -18,7 +18,7 @@
 namespace convrnn {
 
 constexpr int64_t padded(int64_t channels) {
-  return (channels + kBlock - 1) / kBlock * kBlock;
+  return (channels + kColumns - 1) / kColumns * kColumns;
 }
 
 struct Size {
@@ -100,12 +100,12 @@ class Convolution {
   template <class T>
   Convolution(const ConvShape& shape, const Weights<const T>& weights);
 
-  // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kBlock.
+  // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kColumns.
   // `frame` is a padded frame, `scratch` has scratch_size() elements.
   void operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
   int64_t scratch_size() const;
   int64_t panel_width() const {
-    return panel_blocks<A>() * kBlock;
+    return panel_blocks<A>() * kColumns;
   }
   int64_t packed_bytes() const {
     return packed_size_ * static_cast<int64_t>(sizeof(A));

@@ -62,7 +62,7 @@ void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Ten
 
   constexpr int64_t kProjected = 1 << 20;  // bytes: stay in the second-level cache, or nearly
   const int64_t x_size = p.frame.pixels() * p.inputs, h_size = p.frame.pixels() * p.pitch;
-  const int64_t chunk = chunk_of(kProjected, cell.xp_size() * sizeof(A), p.steps);
+  const int64_t chunk = chunk_of(kProjected, (cell.xp_size() + x_size) * sizeof(A), p.steps);
   const int64_t workspace = padded(chunk * (x_size + cell.xp_size()) + 2 * h_size);
   Buffer<A> work(schedule.workspaces() * workspace), scratch(slots() * padded(cell.scratch_size(schedule)));
   Buffer<T> unkept(keep ? 0 : schedule.workspaces() * cell.kept_size());

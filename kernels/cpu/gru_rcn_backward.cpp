@@ -77,7 +77,7 @@ class Backward {
         h0s_(sequence<A>(h0_, 1)),
         dhs_(dh, 1, false),
         has_dout_(operands.dout.has_value()),
-        kept_(recompute_ ? nullptr : mutable_data<T>(gates)),
+        kept_(recompute_ ? nullptr : const_cast<T*>(data<T>(gates))),  // not written: it is kept
         dh_(p.batch * plane()) {
     constexpr int64_t kChunk = 4 << 20;  // bytes of the frames of a chunk of steps
     step_size_ = padded(p.frame.pixels() * (5 * p.pitch + p.inputs));
@@ -112,7 +112,7 @@ class Backward {
     scratch_ = Buffer<A>(slots() * scratch_size_);
 
     work_ = Buffer<A>(p.batch * chunk_ * step_size_);
-    share(p.batch * chunk_, [&](int64_t, int64_t i) {  // the zeros around the frames
+    spread(p.batch * chunk_, [&](int64_t, int64_t i) {  // the zeros around the frames
       std::fill_n(work_.data() + i * step_size_, step_size_, A(0));
     });
     recomputed_ = Buffer<T>(recompute_ ? p.batch * chunk_ * kept_size() : 0);
@@ -129,9 +129,11 @@ class Backward {
         }
       }
       accumulate<T>(targets_, steps);
-      for (size_t i = 0; wanted_.dbias.has_value() && i < steps.size(); ++i) {
-        add_pixels(p_.frame, steps[i].da, 3 * p_.pitch, bias_sums_.data());
-      }
+      deal(static_cast<int64_t>(bias_sums_.size()) / kColumns, [&](int64_t, int64_t block) {
+        for (const Step<T>& step : steps) {
+          add_pixels(p_.frame, step.da + block * kColumns, 3 * p_.pitch, &bias_sums_[block * kColumns]);
+        }
+      });
     }
     for (const auto& target : targets_) {
       const Weights<const T> like = weights<T>(target.weight);

@@ -26,8 +26,8 @@ struct StepGates {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
         const A ri = sigmoid(xp[x_gate + i] + hp[h_gate + i]);
-        z[i] = static_cast<T>(sigmoid(xp[i] + hp[i]));
-        r[i] = static_cast<T>(ri);
+        store(z[i], sigmoid(xp[i] + hp[i]));
+        store(r[i], ri);
         rh[i] = ri * h[i];
       }
     }
@@ -44,7 +44,7 @@ struct StepCandidate {
     for (; pixels > 0; --pixels, xc += pitch, hc += pitch, c += saved) {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        c[i] = static_cast<T>(tanh_(xc[i] + hc[i]));
+        store(c[i], tanh_(xc[i] + hc[i]));
       }
     }
   }
@@ -59,7 +59,7 @@ struct StepUpdate {
     for (; pixels > 0; --pixels, z += saved, c += saved, h += pitch) {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        h[i] += A(z[i]) * (A(c[i]) - h[i]);
+        h[i] += load(z[i]) * (load(c[i]) - h[i]);
       }
     }
   }
@@ -74,7 +74,7 @@ struct StepReset {
     for (; pixels > 0; --pixels, r += saved, h += pitch, rh += pitch) {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        rh[i] = A(r[i]) * h[i];
+        rh[i] = load(r[i]) * h[i];
       }
     }
   }
@@ -89,7 +89,7 @@ struct StepUpdateBackward {
     for (; pixels > 0; --pixels, z += saved, c += saved, h += pitch, dh += pitch, daz += da_pitch, dac += da_pitch) {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        const A up = dh[i], zi = A(z[i]), ci = A(c[i]);
+        const A up = dh[i], zi = load(z[i]), ci = load(c[i]);
         daz[i] = up * (ci - h[i]) * zi * (A(1) - zi);
         dac[i] = up * zi * (A(1) - ci * ci);
         dh[i] = up * (A(1) - zi);
@@ -107,7 +107,7 @@ struct StepGatesBackward {
     for (; pixels > 0; --pixels, drh += pitch, r += saved, h += pitch, dh += pitch, dar += da_pitch) {
       CONVRNN_LANES
       for (int64_t i = 0; i < n; ++i) {
-        const A up = drh[i], ri = A(r[i]);
+        const A up = drh[i], ri = load(r[i]);
         dar[i] = up * h[i] * ri * (A(1) - ri);
         dh[i] += up * ri;
       }
@@ -138,11 +138,11 @@ struct Transpose {
   using Dense = std::conditional_t<move == Move::out, T, const T>;
   static CONVRNN_INLINE void one(Dense& x, A& lane) {
     if constexpr (move == Move::in) {
-      lane = A(x);
+      lane = load(x);
     } else if constexpr (move == Move::add) {
-      lane += A(x);
+      lane += load(x);
     } else {
-      x = static_cast<T>(lane);
+      store(x, lane);
     }
   }
   static CONVRNN_INLINE void run(Dense* x, int64_t p, int64_t c, A* lanes, int64_t pixels, int64_t n, int64_t pitch) {

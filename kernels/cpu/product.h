@@ -5,7 +5,7 @@
 
 namespace convrnn {
 
-constexpr int64_t kBlock = 16;  // columns come in blocks of so many: one 64-byte vector of fp32
+constexpr int64_t kColumns = 16;  // of a block: one 64-byte vector of fp32
 
 // One product of a sum: element (m, k) of the first matrix is a[m * a_row + k * a_k], (k, n) of the second b[k * b_k + n].
 template <class A>
@@ -20,7 +20,7 @@ struct ProductStrides {
   int64_t c_row;
 };
 
-// c[m * c_row + n] = sum over all factors and k < depth of a(m, k) b(k, n), for m < rows and n < blocks * kBlock with
+// c[m * c_row + n] = sum over all factors and k < depth of a(m, k) b(k, n), for m < rows and n < blocks * kColumns with
 // blocks <= panel_blocks(); added to what c holds if `accumulate`. Each element is summed in the order of the factors and of
 // k, whatever the rows beside it: how rows are shared among calls or threads changes no bit.
 template <class A>

@@ -9,7 +9,7 @@ template <class A>
 struct Vector {
   typedef A type __attribute__((vector_size(CONVRNN_VECTOR), aligned(alignof(A)), may_alias));
   static constexpr int lanes = CONVRNN_VECTOR / sizeof(A);
-  static constexpr int per_block = static_cast<int>(kBlock) / lanes;
+  static constexpr int per_block = static_cast<int>(kColumns) / lanes;
 };
 
 // Rows of a tile of N vectors: with the vectors of b and one of a they fill the registers. More than 14 gain nothing.

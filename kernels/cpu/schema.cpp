@@ -1,5 +1,5 @@
 // The schemas of every op. They live in C++ so that a TorchScript archive or an AOTInductor package that uses them
-// loads in a process that knows this library alone. Kernels: one file per op here (CPU), convrnn/ops (CUDA).
+// loads in a process that knows this library alone. Kernels: here (CPU) and in convrnn/ops (CUDA).
 //
 // Scripted archives keep the schema they were saved with: new arguments (a reset mask, lengths, dilation, ...) are
 // added at the end and with a default.
@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(convrnn, m) {
       "gru_update_backward(Tensor dc, Tensor dh_next, Tensor z, Tensor c, Tensor h)"
       " -> (Tensor da, Tensor dz, Tensor dh)");
 
+  // `gates` holds z, r and c in the order of the device's kernels: for the backward of the same device alone. Without
+  // elements (keep_gates=False) they are computed again, for which the backward must be given the bias of the forward.
   m.def(
       "gru_rcn(Tensor x, Tensor? h0, Tensor W, Tensor U, Tensor C, Tensor? bias=None, bool keep_gates=True)"
       " -> (Tensor out, Tensor h_n, Tensor gates)");

@@ -72,7 +72,7 @@ inline int64_t slots() {
   return torch::stable::get_num_threads();
 }
 template <class F>
-void share(int64_t count, F f) {
+void spread(int64_t count, F f) {
   const int64_t n = std::min(count, slots());
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
@@ -134,7 +134,7 @@ class Schedule {
 
   void run(const std::vector<Stage>& stages) const {
     if (whole_samples_) {
-      return share(batch_, [&](int64_t slot, int64_t sample) {
+      return spread(batch_, [&](int64_t slot, int64_t sample) {
         for (const Stage& stage : stages) {
           for (const Part& part : parts_) {
             stage(slot, sample, part);
@@ -144,7 +144,7 @@ class Schedule {
     }
     const auto count = static_cast<int64_t>(parts_.size());
     for (const Stage& stage : stages) {
-      share(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, i / count, parts_[i % count]); });
+      spread(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, i / count, parts_[i % count]); });
     }
   }
 

@@ -116,9 +116,9 @@ void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* 
                                  pixel, dy + i * across * width, dy_plane, across, width);
     }
     for (int64_t product = 0; product < kProducts; ++product) {
-      for (int64_t n = 0; n < width; n += blocks * kBlock) {
+      for (int64_t n = 0; n < width; n += blocks * kColumns) {
         const Factors<A> factors{x + product * x_plane, dy + product * dy_plane + n};
-        multiply(&factors, 1, count, lanes, std::min(blocks, (width - n) / kBlock), {1, lanes, width, kSquare},
+        multiply(&factors, 1, count, lanes, std::min(blocks, (width - n) / kColumns), {1, lanes, width, kSquare},
                  sums + product * kSquare * kSquare + n, true);
       }
     }
@@ -141,26 +141,26 @@ template <class T>
 void WeightGradient<A>::write(const Weights<T>& weights) const {
   const int64_t taps = shape_.kernel.pixels(), planes = winograd_ ? kProducts : taps;
   torch::stable::parallel_for(0, shape_.in.count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> total(planes * kBlock), block(taps * kBlock);
+    std::vector<A> total(planes * kColumns), block(taps * kColumns);
     for (int64_t k = begin; k < end; ++k) {
-      for (int64_t column = 0; column < columns_; column += kBlock) {
+      for (int64_t column = 0; column < columns_; column += kColumns) {
         int64_t plane = 0;
         const A* sums = sums_at(k, column, plane);
         std::fill(total.begin(), total.end(), A(0));
         for (int64_t group = 0; group < groups_; ++group) {
-          for (int64_t i = 0; i < planes * kBlock; ++i) {
-            total[i] += sums[group * size_ + i / kBlock * plane + i % kBlock];
+          for (int64_t i = 0; i < planes * kColumns; ++i) {
+            total[i] += sums[group * size_ + i / kColumns * plane + i % kColumns];
           }
         }
         if (winograd_) {
-          run<winograd::WeightGradient<A>>(total.data(), kBlock, block.data(), kBlock);
+          run<winograd::WeightGradient<A>>(total.data(), kColumns, block.data(), kColumns);
         }
         const A* from = winograd_ ? block.data() : total.data();
         const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
         T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;
-        for (int64_t n = 0; n < std::min(kBlock, shape_.out.count - channel); ++n) {
+        for (int64_t n = 0; n < std::min(kColumns, shape_.out.count - channel); ++n) {
           for (int64_t tap = 0; tap < taps; ++tap) {
-            to[n * weights.n + tap * weights.tap] = static_cast<T>(from[tap * kBlock + n]);
+            to[n * weights.n + tap * weights.tap] = static_cast<T>(from[tap * kColumns + n]);
           }
         }
       }
@@ -169,19 +169,17 @@ void WeightGradient<A>::write(const Weights<T>& weights) const {
 }
 
 template <class A>
-void add_pixels(const Frame& frame, const A* from, int64_t lanes, double* sums) {
+void add_pixels(const Frame& frame, const A* lanes, int64_t pitch, double* sums) {
   for (int64_t row = 0; row < frame.size.rows(); ++row) {
-    for (int64_t block = 0; block < lanes; block += kBlock) {
-      A part[kBlock] = {};
-      const A* pixel = from + frame.pixel(row) * lanes + block;
-      for (int64_t x = 0; x < frame.size.width; ++x, pixel += lanes) {
-        for (int64_t i = 0; i < kBlock; ++i) {
-          part[i] += pixel[i];
-        }
+    A part[kColumns] = {};
+    const A* pixel = lanes + frame.pixel(row) * pitch;
+    for (int64_t x = 0; x < frame.size.width; ++x, pixel += pitch) {
+      for (int64_t i = 0; i < kColumns; ++i) {
+        part[i] += pixel[i];
       }
-      for (int64_t i = 0; i < kBlock; ++i) {
-        sums[block + i] += part[i];
-      }
+    }
+    for (int64_t i = 0; i < kColumns; ++i) {
+      sums[i] += part[i];
     }
   }
 }

@@ -30,7 +30,7 @@ class WeightGradient {
   void direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums) const;
   void winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
                 A* scratch) const;
-  // Sums of weights of input lane k and kBlock output lanes from `column` on, and the distance from tap to tap (direct) or
+  // Sums of weights of input lane k and kColumns output lanes from `column` on, and the distance from tap to tap (direct) or
   // from product to product.
   const A* sums_at(int64_t k, int64_t column, int64_t& plane) const;
 
@@ -41,8 +41,8 @@ class WeightGradient {
   Buffer<A> sums_;
 };
 
-// Adds to sums[lanes] all pixels of a padded frame, `lanes` a multiple of kBlock.
+// Adds to kColumns sums those lanes of all pixels of a padded frame, `pitch` lanes from pixel to pixel.
 template <class A>
-void add_pixels(const Frame& frame, const A* from, int64_t lanes, double* sums);
+void add_pixels(const Frame& frame, const A* lanes, int64_t pitch, double* sums);
 
 }  // namespace convrnn

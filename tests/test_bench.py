@@ -15,7 +15,7 @@ from bench import cases, measure, run
 from bench.case import OURS
 from bench.cases import all_cases
 from bench.providers import Provider, equal_gru, log_space, peers
-from bench.results import Row, add_speedups, load
+from bench.results import Results, Row, add_speedups, load
 from bench.scans import mingru, mingru_module
 from convrnn import reference
 
@@ -71,6 +71,7 @@ def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
         assert set(row.sweeps) == {0, 1} and row.p20_ms <= row.ms <= row.p80_ms
         assert row.speedup_p20 <= row.speedup <= row.speedup_p80
         assert row.error <= measure.TOLERANCE[torch.float32]
+        assert row.floor_ms > 0 and results.floors(row) == row.ms / row.floor_ms
     lines = (tmp_path / "run.csv").read_text().splitlines()
     assert len(lines) == 1 + len(results.rows)
     found = json.loads((tmp_path / "run.json").read_text())
@@ -129,6 +130,21 @@ def test_list_and_a_pattern_that_matches_nothing(capsys):
     assert capsys.readouterr().out.splitlines()[0] == "log_scan (16, 256, 512) float32"
     assert cli.main(["--only", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err
+
+
+def test_slow_baselines_have_one_turn_and_ours_all(brief, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "VERY_SLOW_MS", 0)
+    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 0
+    for row in load(tmp_path / "run.json").rows:
+        assert set(row.sweeps) == ({0, 1} if row.provider == OURS else {0}) and row.speedup > 0
+
+
+def test_floors_without_a_measured_one_are_those_of_the_machine():
+    row = Row("", "", (), "float32", "op", OURS, "step", [2.0], [0], flop=10**9, bytes=10**6, error=0.0)
+    results = Results({}, {"copy": 10.0, "float32": 1000.0})
+    assert results.floors(row) == 2.0  # 1 GFLOP at 1000 GFLOP/s takes 1 ms, 1 MB at 10 GB/s a tenth
+    row.bytes = 10**8
+    assert results.floors(row) == 0.2
 
 
 def test_speedups_are_taken_within_sweeps():

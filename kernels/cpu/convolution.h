@@ -89,6 +89,9 @@ struct Panel {
 // Rows and output channels of every gate that one task computes; channel_begin is a multiple of the panel's width.
 struct Part {
   int64_t row_begin, row_end, channel_begin, channel_end;
+  int64_t channels() const {
+    return channel_end - channel_begin;
+  }
 };
 
 std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks);

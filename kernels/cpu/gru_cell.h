@@ -41,7 +41,7 @@ class Cell {
     w_(x, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
     for (int64_t gate = 0; bias_.data() != nullptr && gate < 3; ++gate) {
       run<Add<A>>(bias_.data() + gate * p_.channels + part.channel_begin, int64_t{0},
-                  xp + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first, lanes(part), p_.pitch);
+                  xp + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first, part.channels(), p_.pitch);
     }
   }
 
@@ -50,7 +50,7 @@ class Cell {
     convolve(u_, h, zero, 2, part, scratch);
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
       run<StepGates<T>>(xp + plane, p_.pixels() * p_.pitch, scratch + local, plane_size(part), h + frame, rh + frame,
-                        kept + kept_row, kept + kept_row + p_.pixels() * p_.channels, p_.frame.size.width, lanes(part),
+                        kept + kept_row, kept + kept_row + p_.pixels() * p_.channels, p_.frame.size.width, part.channels(),
                         p_.pitch, p_.channels);
     });
   }
@@ -61,18 +61,15 @@ class Cell {
     T* kept_c = kept + 2 * p_.pixels() * p_.channels;
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
       run<StepCandidate<T>>(xp + 2 * p_.pixels() * p_.pitch + plane, scratch + local, kept_c + kept_row,
-                            p_.frame.size.width, lanes(part), p_.pitch, p_.channels);
+                            p_.frame.size.width, part.channels(), p_.pitch, p_.channels);
       if (h != nullptr) {
-        run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, lanes(part), p_.pitch,
+        run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, part.channels(), p_.pitch,
                            p_.channels);
       }
     });
   }
 
  private:
-  static int64_t lanes(const Part& part) {
-    return part.channel_end - part.channel_begin;
-  }
   int64_t planes_size(int64_t rows) const {
     return 2 * rows * p_.frame.size.width * p_.pitch;
   }

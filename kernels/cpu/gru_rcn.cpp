@@ -49,8 +49,8 @@ void check(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W, co
 }
 
 template <class T>
-void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Tensor& U,
-             const Tensor& C, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
+void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Tensor& U, const Tensor& C,
+             const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
   using A = acc_t<T>;
   const Cell<T> cell(p, W, U, C, bias);
   const Schedule schedule = cell.schedule();
@@ -149,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
   check_bias(bias_, x, W_);
   const Tensor W = dense(W_), U = dense(U_), C = dense(C_);
   const std::optional<Tensor> bias = dense_or_none(bias_);
-  Tensor out = empty(x, sequence_sizes(x, C.size(0))), gates = keep_gates ? empty(x, sequence_sizes(x, 3 * C.size(0))) : nothing(x);
+  const Tensor out = empty(x, sequence_sizes(x, C.size(0)));
+  const Tensor gates = keep_gates ? empty(x, sequence_sizes(x, 3 * C.size(0))) : nothing(x);
   Tensor state = dense_state(h0, x, C, state_dtype(x));
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
@@ -189,8 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
     dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
-      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout}, torch::stable::contiguous(gates), dh,
-                               gradients);
+      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout},
+                               torch::stable::contiguous(gates), dh, gradients);
     });
   } else {
     for (auto* gradient : {&gradients.dx, &gradients.dW, &gradients.dU, &gradients.dC, &gradients.dbias}) {

@@ -160,9 +160,6 @@ class Backward {
   A* scratch(int64_t slot) {
     return scratch_.data() + slot * scratch_size_;
   }
-  static int64_t lanes(const Part& part) {
-    return part.channel_end - part.channel_begin;
-  }
   Step<T> step(int64_t b, int64_t t) {
     const int64_t i = b * chunk_ + t - first_, frame = p_.frame.pixels() * p_.pitch;
     A* at = work_.data() + i * step_size_;
@@ -242,14 +239,14 @@ class Backward {
     } else {
       each_row(part, [&](int64_t pixel, int64_t, int64_t) {
         for (int64_t i = pixel; i < pixel + width_; ++i) {
-          std::fill_n(s.h + i * p_.pitch + part.channel_begin, lanes(part), A(0));
+          std::fill_n(s.h + i * p_.pitch + part.channel_begin, part.channels(), A(0));
         }
       });
     }
     if (!recompute_) {
       each_row(part, [&](int64_t pixel, int64_t, int64_t kept) {
         const int64_t lane = pixel * p_.pitch + part.channel_begin;
-        run<StepReset<T>>(s.kept + kept_size() / 3 + kept, s.h + lane, s.rh + lane, width_, lanes(part), p_.pitch,
+        run<StepReset<T>>(s.kept + kept_size() / 3 + kept, s.h + lane, s.rh + lane, width_, part.channels(), p_.pitch,
                           p_.channels);
       });
     }
@@ -268,7 +265,7 @@ class Backward {
       A* da = s.da + pixel * 3 * p_.pitch + part.channel_begin;
       run<StepUpdateBackward<T>>(s.kept + kept, s.kept + 2 * (kept_size() / 3) + kept,
                                  s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane, da, da + 2 * p_.pitch,
-                                 width_, lanes(part), p_.pitch, p_.channels, 3 * p_.pitch);
+                                 width_, part.channels(), p_.pitch, p_.channels, 3 * p_.pitch);
     });
   }
 
@@ -284,7 +281,7 @@ class Backward {
     each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
       run<StepGatesBackward<T>>(drh + plane - part.row_begin * width_ * p_.pitch, s.kept + kept_size() / 3 + kept,
                                 s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane,
-                                s.da + (pixel * 3 + 1) * p_.pitch + part.channel_begin, width_, lanes(part), p_.pitch,
+                                s.da + (pixel * 3 + 1) * p_.pitch + part.channel_begin, width_, part.channels(), p_.pitch,
                                 p_.channels, 3 * p_.pitch);
     });
   }
@@ -295,7 +292,7 @@ class Backward {
     through_u_(step(b, t).da, part, through, 0, through + plane_size_);
     run<Add<A>>(through + part.channel_begin, p_.pitch,
                 dh(b) + part.row_begin * width_ * p_.pitch + part.channel_begin,
-                (part.row_end - part.row_begin) * width_, lanes(part), p_.pitch);
+                (part.row_end - part.row_begin) * width_, part.channels(), p_.pitch);
   }
 
   // Through W to x.

@@ -67,10 +67,12 @@ Weights<const T> flipped(const Tensor& w) {
   return {data<T>(w) + taps - 1, taps, w.size(1) * taps, -1};
 }
 
-// f(slot, i) for i < count; calls with one slot never overlap. slots() slots at most.
+// How many calls may run at once.
 inline int64_t slots() {
   return torch::stable::get_num_threads();
 }
+
+// f(slot, i) for i < count, in runs of neighbours; calls with one slot never overlap.
 template <class F>
 void spread(int64_t count, F f) {
   const int64_t n = std::min(count, slots());
@@ -175,10 +177,10 @@ struct Sequence {
   void rows(int64_t b, int64_t t, const Problem& p, const Part& part, A* to, int64_t pitch, bool padded_rows) const {
     const int64_t width = p.frame.size.width;
     T* from = data + b * batch + t * step + part.channel_begin * channel;
-    const int64_t n = part.channel_end - part.channel_begin;
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       A* lanes = to + (padded_rows ? p.frame.pixel(row) : row * width) * pitch + part.channel_begin;
-      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, width, n, pitch);
+      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, width, part.channels(),
+                                                        pitch);
     }
   }
 };

@@ -1,5 +1,6 @@
 """The machine: what it is, and what it reaches at best, measured."""
 
+import ctypes
 import datetime
 import os
 import platform
@@ -18,12 +19,28 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = 256 << 20  # past every cache
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
 def prepare(threads: int) -> None:
     """Uses so many threads, on as many processors, so that they are not moved about, and float32 as it is, not tf32."""
+    keep_memory()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0), key=rank)[:threads])
     torch.set_num_threads(threads)
+
+
+def keep_memory() -> None:
+    """Has glibc keep what is freed for the next call, whatever its size, as jemalloc and tcmalloc do.
+
+    By itself it gives large blocks back and takes fresh pages for the next tensor, or does not, as the calls before
+    decide. On a virtual machine a page can take longer to get than to compute: that would be all one measures.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def rank(processor: int) -> tuple[int, int]:

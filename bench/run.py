@@ -1,19 +1,30 @@
-"""A run: every case in several sweeps, so that the spread holds what the machine does over minutes."""
+"""A run: every case in several sweeps, each in a process of its own, so that the spread holds what a process decides.
 
+Where a tensor lies in memory, and with that how its rows share the caches, stays as it is for as long as a process lives,
+and can be worth more than all else that varies: repetitions within one process would agree on a figure that the next
+run does not find again.
+"""
+
+import multiprocessing
+import signal
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.connection import Connection
 
 import torch
 
 from . import machine, measure
 from .case import FLOOR, GRAPH, OURS, Case, Problem
+from .cases import all_cases
 from .measure import Key
 from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
+
+Turns = dict[Key, list[list[float]]]  # milliseconds a call, by turn
 
 
 @dataclass(frozen=True)
@@ -28,19 +39,42 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(sweeps=1, rounds=3, compile=False, exhaustive=False),
-    "default": Effort(sweeps=2, rounds=3, compile=True, exhaustive=False),
-    "full": Effort(sweeps=4, rounds=4, compile=True, exhaustive=True),
+    "default": Effort(sweeps=3, rounds=2, compile=True, exhaustive=False),
+    "full": Effort(sweeps=6, rounds=3, compile=True, exhaustive=True),
 }
 
 
-@dataclass
 class Subject:
-    """A case under measurement."""
+    """A case under measurement: its rows, and the times of its floors, which are no rows."""
 
-    case: Case
-    problem: Problem
-    rows: dict[Key, Row] = field(default_factory=dict)
-    floors: dict[str, list[float]] = field(default_factory=dict)
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.rows: dict[Key, Row] = {}
+        self.floors: dict[str, list[float]] = {}
+
+    def keys(self, sweep: int) -> list[Key]:
+        """What a sweep times: after the first one no baseline that takes long."""
+        return [
+            key
+            for key, row in self.rows.items()
+            if sweep == 0 or key[0] == OURS or row.samples_ms[0] < measure.VERY_SLOW_MS
+        ]
+
+    def add(self, sweep: int, turns: Turns) -> None:
+        for (name, what), found in turns.items():
+            if name == FLOOR:
+                self.floors.setdefault(what, []).extend(chain(*found))
+                continue
+            row = self.rows[name, what]
+            for samples in found:
+                row.samples_ms += (float(f"{ms:.5g}") for ms in samples)
+                row.sweeps += [sweep] * len(samples)
+        for what in self.case.passes:
+            rows = [row for row in self.rows.values() if row.what == what]
+            if what in self.floors:
+                for row in rows:
+                    row.floor_ms = statistics.median(self.floors[what])
+            add_speedups(rows)
 
 
 class Bench:
@@ -55,23 +89,50 @@ class Bench:
     def run(self) -> Iterator[Case]:
         """Measures; yields each case when a sweep is through with it."""
         self.results.peaks = machine.peaks(self.device, {case.dtype for case in self.cases})
-        subjects: dict[str, Subject] = {}
-        for sweep in range(self.effort.sweeps):
-            for case in self.cases:
-                if case.name not in subjects:
-                    subjects[case.name] = self.prepare(case)
-                self.time(subjects[case.name], sweep)
-                yield case
+        subjects = []
+        for case in self.cases:
+            problem = concrete(case, self.effort, self.device)
+            subject = self.prepare(case, problem)
+            subject.add(0, timed(case, problem, subject.keys(0), self.effort, self.device))
+            self.results.rows += subject.rows.values()
+            subjects.append(subject)
+            yield case
+        for sweep in range(1, self.effort.sweeps):
+            for subject, turns in zip(subjects, self.again(subjects, sweep), strict=True):
+                subject.add(sweep, turns)
+                yield subject.case
         self.results.complete = True
 
-    def prepare(self, case: Case) -> Subject:
-        """Builds the problem, refuses providers whose results are wrong, and measures the memory of the others."""
-        problem = case.problem(self.device)
-        if case.compile and self.effort.compile:
-            problem.providers |= {COMPILED + name: compiled(p) for name, p in problem.providers.items() if p.compile}
-        subject = Subject(case, problem)
+    def again(self, subjects: list[Subject], sweep: int) -> Iterator[Turns]:
+        """Times every case in a fresh process.
+
+        Raises:
+            RuntimeError: it ended before it was through.
+        """
+        wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=repeat, args=(sender, wanted, self.effort, self.device, torch.get_num_threads()), daemon=True
+        )
+        process.start()
+        sender.close()  # so that its end is noticed
+        try:
+            for name in wanted:
+                try:
+                    yield receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise RuntimeError(f"sweep {sweep} ended with status {process.exitcode} at {name}") from None
+        finally:
+            process.kill()
+            process.join()
+
+    def prepare(self, case: Case, problem: Problem) -> Subject:
+        """Refuses providers whose results are wrong, and measures the memory of the others."""
+        subject = Subject(case)
         expected = measure.truths(problem, training="step" in case.passes)
-        for name, provider in list(problem.providers.items()):
+        for name, provider in problem.providers.items():
             try:
                 error = measure.error(case, problem, provider, expected(provider))
                 limit = measure.tolerance(case, provider)
@@ -80,33 +141,30 @@ class Bench:
                     continue
                 # What is compiled for training has a backward that frees its buffers: it cannot run again by itself.
                 for what in case.passes if provider.inference else ("step",):
-                    self.add_row(subject, name, what, error)
+                    self.add_row(subject, problem, name, what, error)
             except Exception as exception:  # noqa: BLE001  any provider may fail: reported, and the run ends non-zero
                 self.refuse(subject, name, f"{type(exception).__name__}: {exception}")
         if self.device.type == "cuda":
-            self.add_graphs(subject)
+            self.add_graphs(subject, problem)
         return subject
 
     def refuse(self, subject: Subject, name: str, reason: str) -> None:
         self.results.refused.append(Refusal(subject.case.name, name, reason))
-        del subject.problem.providers[name]
         subject.rows = {key: row for key, row in subject.rows.items() if key[0] != name}
 
-    def add_graphs(self, subject: Subject) -> None:
+    def add_graphs(self, subject: Subject, problem: Problem) -> None:
         """The same passes in a CUDA graph; not backward, which runs on its forward's stream, outside the capture."""
         for (name, what), row in list(subject.rows.items()):
             if what == "backward" or name.startswith(COMPILED):
                 continue
             try:
-                measure.clock(
-                    measure.task(what, subject.problem.providers[name], subject.problem), self.device, graph=True
-                )
+                measure.clock(measure.task(what, problem.providers[name], problem), self.device, graph=True)
             except RuntimeError as exception:
                 self.results.refused.append(Refusal(subject.case.name, name + GRAPH, f"{what}: {exception}"))
             else:
-                self.add_row(subject, name + GRAPH, what, row.error)
+                self.add_row(subject, problem, name + GRAPH, what, row.error)
 
-    def add_row(self, subject: Subject, name: str, what: str, error: float) -> None:
+    def add_row(self, subject: Subject, problem: Problem, name: str, what: str, error: float) -> None:
         case, work = subject.case, subject.case.work(what)
         row = Row(
             case=case.name,
@@ -123,30 +181,36 @@ class Bench:
             error=error,
         )
         if what == "step" and not name.endswith(GRAPH):
-            provider = subject.problem.providers[name]
-            row.kept_bytes = measure.kept_bytes(provider, subject.problem)
-            row.peak_bytes = measure.peak_bytes(measure.task(what, provider, subject.problem), self.device)
+            provider = problem.providers[name]
+            row.kept_bytes = measure.kept_bytes(provider, problem)
+            row.peak_bytes = measure.peak_bytes(measure.task(what, provider, problem), self.device)
         subject.rows[name, what] = row
 
-    def time(self, subject: Subject, sweep: int) -> None:
-        tasks = {
-            key: measure.task(key[1], subject.problem.providers[key[0].removesuffix(GRAPH)], subject.problem)
-            for key, row in subject.rows.items()
-            if sweep == 0 or row.samples_ms[0] < measure.VERY_SLOW_MS or key[0] == OURS
-        }
-        tasks |= {(FLOOR, what): task for what, task in subject.problem.floors.items() if what in subject.case.passes}
-        turns = measure.by_turns(tasks, self.effort.rounds, self.device)
-        for key, row in subject.rows.items():
-            for samples in turns.get(key, []):
-                row.samples_ms += (float(f"{ms:.5g}") for ms in samples)
-                row.sweeps += [sweep] * len(samples)
-        for what in subject.problem.floors.keys() & set(subject.case.passes):
-            found = subject.floors.setdefault(what, [])
-            found += chain(*turns[FLOOR, what])
-            for key, row in subject.rows.items():
-                if key[1] == what:
-                    row.floor_ms = statistics.median(found)
-        if sweep == 0:
-            self.results.rows += subject.rows.values()
-        for what in subject.case.passes:
-            add_speedups([row for key, row in subject.rows.items() if key[1] == what])
+
+def concrete(case: Case, effort: Effort, device: torch.device) -> Problem:
+    """The case's problem, with the providers under torch.compile that it asks for."""
+    problem = case.problem(device)
+    if case.compile and effort.compile:
+        problem.providers |= {COMPILED + name: compiled(p) for name, p in problem.providers.items() if p.compile}
+    return problem
+
+
+def timed(case: Case, problem: Problem, keys: list[Key], effort: Effort, device: torch.device) -> Turns:
+    """One sweep's turns of the passes in ``keys``, and of the case's floors."""
+    tasks = {
+        (name, what): measure.task(what, problem.providers[name.removesuffix(GRAPH)], problem) for name, what in keys
+    }
+    tasks |= {(FLOOR, what): task for what, task in problem.floors.items() if what in case.passes}
+    return measure.by_turns(tasks, effort.rounds, device)
+
+
+def repeat(
+    replies: Connection, wanted: dict[str, list[Key]], effort: Effort, device: torch.device, threads: int
+) -> None:
+    """A further sweep, as a process: sends the turns of each case in ``wanted``, in its order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked decides
+    machine.prepare(threads)
+    cases = {case.name: case for case in all_cases()}
+    for name, keys in wanted.items():
+        problem = concrete(cases[name], effort, device)
+        replies.send(timed(cases[name], problem, keys, effort, device))

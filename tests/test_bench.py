@@ -1,6 +1,7 @@
 """The benchmark's own honesty: wrong results are refused, the rest is kept, counted and written as it was measured."""
 
 import json
+import re
 
 import pytest
 
@@ -22,6 +23,7 @@ from convrnn import reference
 pytestmark = pytest.mark.compiled
 CPU = torch.device("cpu")
 TINY = mingru(2, 6, 4)
+SMALL = "scaling-T mingru (1, 64, 64) float32"  # one of all_cases: a further sweep's process finds it by its name
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +35,19 @@ def threads():
 
 @pytest.fixture
 def brief(monkeypatch):
-    """Two small cases, two rounds, no pinning of this process."""
+    """Two small cases, one sweep of two rounds, no pinning of this process."""
     monkeypatch.setattr(cases, "all_cases", lambda: [TINY, mingru(1, 1, 3)])
     monkeypatch.setattr(cli.machine, "prepare", torch.set_num_threads)
     monkeypatch.setattr(cli.machine, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(measure, "BLOCK_S", 1e-4)
+    monkeypatch.setitem(cli.EFFORTS, "quick", run.Effort(sweeps=1, rounds=2, compile=False, exhaustive=False))
+
+
+@pytest.fixture
+def two_sweeps(brief, monkeypatch):
+    monkeypatch.setattr(cases, "all_cases", all_cases)
     monkeypatch.setitem(cli.EFFORTS, "quick", run.Effort(sweeps=2, rounds=2, compile=False, exhaustive=False))
+    return ["--quick", "--threads", "1", "--only", re.escape(SMALL)]
 
 
 def test_names_are_unique():
@@ -68,7 +77,7 @@ def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
         (provider, what) for provider in (OURS, "time loop", "log space") for what in ("forward", "backward", "step")
     }
     for row in results.rows:
-        assert set(row.sweeps) == {0, 1} and row.p20_ms <= row.ms <= row.p80_ms
+        assert set(row.sweeps) == {0} and row.p20_ms <= row.ms <= row.p80_ms
         assert row.speedup_p20 <= row.speedup <= row.speedup_p80
         assert row.error <= measure.TOLERANCE[torch.float32]
         assert row.floor_ms > 0 and results.floors(row) == row.ms / row.floor_ms
@@ -111,14 +120,14 @@ def test_a_provider_that_fails_is_refused(monkeypatch):
 
 
 def test_interrupted_keeps_what_it_measured(brief, monkeypatch, tmp_path):
-    time = run.Bench.time
+    timed = run.timed
 
-    def interrupt(self, subject, sweep):
-        if subject.case.shape == (1, 1, 3):
+    def interrupt(case, *arguments):
+        if case.shape == (1, 1, 3):
             raise KeyboardInterrupt
-        time(self, subject, sweep)
+        return timed(case, *arguments)
 
-    monkeypatch.setattr(run.Bench, "time", interrupt)
+    monkeypatch.setattr(run, "timed", interrupt)
     assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 130
     results = load(tmp_path / "run.json")
     assert not results.complete
@@ -132,11 +141,27 @@ def test_list_and_a_pattern_that_matches_nothing(capsys):
     assert "no such case" in capsys.readouterr().err
 
 
-def test_slow_baselines_have_one_turn_and_ours_all(brief, monkeypatch, tmp_path):
+def test_further_sweeps_add_to_every_row(two_sweeps, tmp_path):
+    assert cli.main([*two_sweeps, "--output", str(tmp_path / "run.json")]) == 0
+    results = load(tmp_path / "run.json")
+    assert results.complete and {row.case for row in results.rows} == {SMALL}
+    assert {row.provider for row in results.rows} == {OURS, "time loop", "log space"}
+    for row in results.rows:
+        assert set(row.sweeps) == {0, 1} and len(row.sweeps) == len(row.samples_ms) and row.speedup > 0
+
+
+def test_slow_baselines_have_one_turn_and_ours_all(two_sweeps, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "VERY_SLOW_MS", 0)
-    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 0
+    assert cli.main([*two_sweeps, "--output", str(tmp_path / "run.json")]) == 0
     for row in load(tmp_path / "run.json").rows:
         assert set(row.sweeps) == ({0, 1} if row.provider == OURS else {0}) and row.speedup > 0
+
+
+def test_a_sweep_whose_process_ends_fails_the_run(brief):
+    bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU)  # a case that its process does not find
+    with pytest.raises(RuntimeError, match="sweep 1 ended with status 1 at mingru"):
+        list(bench.run())
+    assert bench.results.rows and not bench.results.complete
 
 
 def test_floors_without_a_measured_one_are_those_of_the_machine():

@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,33 +144,33 @@ def task(what: str, provider: Provider, problem: Problem) -> Task:
     return step
 
 
-def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[Key, list[list[float]]]:
+def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[Key, list[float]]:
     """What ``clock`` gives for each task in each round, the tasks taking turns, each round starting with another one.
 
     A round before that is not timed: until each has run beside the others the allocator takes fresh pages.
     """
     for task in tasks.values():
         task()
-    turns: dict[Key, list[list[float]]] = {key: [] for key in tasks}
+    turns: dict[Key, list[float]] = {key: [] for key in tasks}
     order = list(tasks)
     for number in range(rounds):
         for key in order:
-            if number == 0 or min(turns[key][0]) < SLOW_MS:
+            if number == 0 or turns[key][0] < SLOW_MS:
                 turns[key].append(clock(tasks[key], device, graph=key[0].endswith(GRAPH)))
         order = order[1:] + order[:1]
     return turns
 
 
-def clock(task: Task, device: torch.device, graph: bool) -> list[float]:
-    """Milliseconds a call, time and again for one turn; short calls are timed in blocks."""
+def clock(task: Task, device: torch.device, graph: bool) -> float:
+    """Milliseconds a call, the median of one turn's, however many fit; short calls are timed in blocks."""
     if device.type == "cuda":
         from triton import testing
 
         if graph:
-            return testing.do_bench_cudagraph(task, rep=20, return_mode="all")
-        return testing.do_bench(task, warmup=5, rep=20, return_mode="all")
+            return testing.do_bench_cudagraph(task, rep=20, return_mode="median")
+        return testing.do_bench(task, warmup=5, rep=20, return_mode="median")
     timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())
-    return [seconds * 1e3 for seconds in timer.blocked_autorange(min_run_time=BLOCK_S).times]
+    return statistics.median(timer.blocked_autorange(min_run_time=BLOCK_S).times) * 1e3
 
 
 def kept_bytes(provider: Provider, problem: Problem) -> int:

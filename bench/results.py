@@ -22,7 +22,7 @@ class Row:
         provider: who computed it.
         what: "forward", "backward", "step" (both, every gradient; for modules also an AdamW step) or "stream" (one
             time step, the state carried).
-        samples_ms: times of a call, of several turns that were spread over the whole run.
+        samples_ms: the median time of a call in each of several turns, spread over the whole run.
         sweeps: the sweep over all cases that each belongs to; what shares a number ran within moments.
         flop, bytes: the work that the pass cannot do without.
         error: worst error of output and gradients against float64, relative to the largest value of each.

@@ -10,7 +10,6 @@ import signal
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from multiprocessing.connection import Connection
 
 import torch
@@ -24,7 +23,7 @@ from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
 
-Turns = dict[Key, list[list[float]]]  # milliseconds a call, by turn
+Turns = dict[Key, list[float]]  # milliseconds a call
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,11 @@ class Subject:
     def add(self, sweep: int, turns: Turns) -> None:
         for (name, what), found in turns.items():
             if name == FLOOR:
-                self.floors.setdefault(what, []).extend(chain(*found))
+                self.floors.setdefault(what, []).extend(found)
                 continue
             row = self.rows[name, what]
-            for samples in found:
-                row.samples_ms += (float(f"{ms:.5g}") for ms in samples)
-                row.sweeps += [sweep] * len(samples)
+            row.samples_ms += (float(f"{ms:.5g}") for ms in found)
+            row.sweeps += [sweep] * len(found)
         for what in self.case.passes:
             rows = [row for row in self.rows.values() if row.what == what]
             if what in self.floors:

@@ -22,6 +22,7 @@ from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
+BEATEN = 3  # a baseline that takes so many times the best one's time is no longer in question
 
 Turns = dict[Key, list[float]]  # milliseconds a call
 
@@ -52,11 +53,11 @@ class Subject:
         self.floors: dict[str, list[float]] = {}
 
     def keys(self, sweep: int) -> list[Key]:
-        """What a sweep times: after the first one no baseline that takes long."""
+        """What a sweep times: after the first one no slow baseline that others beat by far."""
         return [
-            key
-            for key, row in self.rows.items()
-            if sweep == 0 or key[0] == OURS or row.samples_ms[0] < measure.VERY_SLOW_MS
+            (name, what)
+            for (name, what), row in self.rows.items()
+            if sweep == 0 or name == OURS or row.ms < measure.SLOW_MS or (row.speedup or 1) > 1 / BEATEN
         ]
 
     def add(self, sweep: int, turns: Turns) -> None:

@@ -3,7 +3,7 @@
 z = sigmoid(gate), h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t), g(x) = x + 1/2 for x >= 0, sigmoid(x) otherwise.
 
 One thread keeps the state of a few lanes in registers and walks over time; U steps are loaded before the first of them
-is computed, which is all the memory parallelism there is.
+is computed, which is all the memory parallelism there is. Where lanes are few, T is cut in chunks (``chunks.py``).
 
 Layout. gate_hidden (B, T, 2C, *S) holds gate in its first C channels and hidden in the others. With channels first, a
 frame is C*N gates and then C*N hiddens (N = prod(S)); with channels last, each of N pixels is C gates and then C
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import MAP_ARRAYS, cut, decay, linear_carries, program_chunk, scratch, store_map
 from .layout import empty, frame_numel, is_channels_last, to_layout
-from .math import jit_kernel, launch, program_lanes, sigmoid_tail, stride
+from .math import jit_kernel, launch, sigmoid_tail, stride
 
 # Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
 FORWARD_STEPS = 4
@@ -57,19 +58,29 @@ def _step_backward(dh, gate, hidden, h_prev, ACC: tl.constexpr):
     return dgate, dhidden, dh_prev
 
 
+@triton.jit
+def _decay(kept, lost, gate, ACC: tl.constexpr):
+    """1 - z_t is the share of h_{t-1} that a step keeps."""
+    gate = gate.to(ACC)
+    return decay(kept, lost, sigmoid_tail(gate), gate >= 0)
+
+
 @jit_kernel
 def mingru_fwd_kernel(
     gate_hidden,  # (B, T, 2C, *S), batch and time strides free
-    h0,  # (B, C, *S), batch stride free, or None for 1/2
+    h0,  # (B, C, *S), batch stride free, or None for 1/2; with chunks (B, chunks, lanes), the state that enters each
     h,  # (B, T, C, *S), dense
     h_n,  # (B, C, *S), dense
+    maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a state of 0; else None
     T: tl.int32,
+    chunk_steps: tl.int32,
     lanes: tl.int64,  # C*N; this and all below in units of VEC elements
     half: tl.int64,
     gh_stride_b: tl.int64,
     gh_stride_t: tl.int64,
     h0_stride_b: tl.int64,
     CHANNELS_LAST: tl.constexpr,
+    CHUNKED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     U: tl.constexpr,
@@ -78,18 +89,21 @@ def mingru_fwd_kernel(
     lanes *= VEC
     half *= VEC
     gh_stride_t *= VEC
-    sample, lane, mask = program_lanes(lanes, BLOCK)
-    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + lane
+    row, sample, first, steps, lane, mask = program_chunk(T, chunk_steps, lanes, CHUNKED, False, BLOCK)
+    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + first * gh_stride_t + lane
     if CHANNELS_LAST:
         gate_ptr += lane // half * half
     hidden_ptr = gate_ptr + half
-    h_ptr = h + sample * T * lanes + lane
+    h_ptr = h + (sample * T + first) * lanes + lane
 
-    if h0 is not None:
-        state = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask).to(ACC)
+    if maps is not None:
+        state = tl.zeros((BLOCK,), ACC)
+        kept, lost = tl.full((BLOCK,), 1.0, ACC), tl.zeros((BLOCK,), ACC)
+    elif h0 is not None:
+        state = tl.load(h0 + row * (h0_stride_b * VEC) + lane, mask).to(ACC)
     else:
         state = tl.full((BLOCK,), 0.5, ACC)
-    for _ in range(T // U):
+    for _ in range(steps // U):
         gates = ()
         hiddens = ()
         for u in tl.static_range(U):
@@ -97,29 +111,41 @@ def mingru_fwd_kernel(
             hiddens += (tl.load(hidden_ptr + u * gh_stride_t, mask),)
         for u in tl.static_range(U):
             state = _step(state, gates[u], hiddens[u], ACC)
-            tl.store(h_ptr + u * lanes, state, mask)
+            if maps is not None:
+                kept, lost = _decay(kept, lost, gates[u], ACC)
+            else:
+                tl.store(h_ptr + u * lanes, state, mask)
         gate_ptr += U * gh_stride_t
         hidden_ptr += U * gh_stride_t
         h_ptr += U * lanes
-    for _ in range(T % U):
-        state = _step(state, tl.load(gate_ptr, mask), tl.load(hidden_ptr, mask), ACC)
-        tl.store(h_ptr, state, mask)
+    for _ in range(steps % U):
+        gate = tl.load(gate_ptr, mask)
+        state = _step(state, gate, tl.load(hidden_ptr, mask), ACC)
+        if maps is not None:
+            kept, lost = _decay(kept, lost, gate, ACC)
+        else:
+            tl.store(h_ptr, state, mask)
         gate_ptr += gh_stride_t
         hidden_ptr += gh_stride_t
         h_ptr += lanes
-    tl.store(h_n + sample * lanes + lane, state, mask)
+    if maps is not None:
+        store_map(maps, row, lanes, lane, mask, kept, lost, state)
+    else:
+        tl.store(h_n + sample * lanes + lane, state, mask & (first + steps == T))
 
 
 @jit_kernel
 def mingru_bwd_kernel(
     dh,  # (B, T, C, *S), batch and time strides free, or None for zero
-    dh_n,  # (B, C, *S), batch stride free, or None for zero
+    dh_n,  # (B, C, *S), batch stride free, or None for zero; with chunks (B, chunks, lanes), what enters each
     gate_hidden,  # (B, T, 2C, *S), batch and time strides free
     h0,  # (B, C, *S), batch stride free, or None for 1/2
     h,  # (B, T, C, *S), batch and time strides free
     dgate_hidden,  # (B, T, 2C, *S), dense
     dh0,  # (B, C, *S), dense, or None if h0 is
+    maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a gradient of 0; else None
     T: tl.int32,  # at least 1
+    chunk_steps: tl.int32,
     lanes: tl.int64,  # C*N; this and all below in units of VEC elements
     half: tl.int64,
     gh_stride_b: tl.int64,
@@ -131,6 +157,7 @@ def mingru_bwd_kernel(
     dh_stride_t: tl.int64,
     dh_n_stride_b: tl.int64,
     CHANNELS_LAST: tl.constexpr,
+    CHUNKED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     U: tl.constexpr,
@@ -141,22 +168,25 @@ def mingru_bwd_kernel(
     gh_stride_t *= VEC
     h_stride_t *= VEC
     dh_stride_t *= VEC
-    sample, lane, mask = program_lanes(lanes, BLOCK)
+    row, sample, first, steps, lane, mask = program_chunk(T, chunk_steps, lanes, CHUNKED, True, BLOCK)
     packed = lane
     if CHANNELS_LAST:
         packed += lane // half * half
-    last = T - 1
+    last = first + steps - 1
     gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + last * gh_stride_t + packed
     dgate_ptr = dgate_hidden + (sample * T + last) * (2 * lanes) + packed
     h_prev_ptr = h + sample * (h_stride_b * VEC) + (last - 1) * h_stride_t + lane  # not read at step 0
     if dh is not None:
         dh_ptr = dh + sample * (dh_stride_b * VEC) + last * dh_stride_t + lane
 
+    if maps is not None:
+        kept, lost = tl.full((BLOCK,), 1.0, ACC), tl.zeros((BLOCK,), ACC)
     if dh_n is not None:
-        grad = tl.load(dh_n + sample * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
+        grad = tl.load(dh_n + row * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
     else:
         grad = tl.zeros((BLOCK,), ACC)
-    for _ in range(last // U):
+    # With maps nothing depends on hidden and h, whose loads the compiler leaves out.
+    for _ in range((steps - 1) // U):
         gates = ()
         hiddens = ()
         h_prevs = ()
@@ -171,38 +201,50 @@ def mingru_bwd_kernel(
             if dh is not None:
                 grad += dhs[u].to(ACC)
             dgate, dhidden, grad = _step_backward(grad, gates[u], hiddens[u], h_prevs[u], ACC)
-            tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
-            tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
+            if maps is not None:
+                kept, lost = _decay(kept, lost, gates[u], ACC)
+            else:
+                tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
+                tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
         gate_ptr -= U * gh_stride_t
         dgate_ptr -= U * 2 * lanes
         h_prev_ptr -= U * h_stride_t
         if dh is not None:
             dh_ptr -= U * dh_stride_t
-    for _ in range(last % U):
+    for _ in range((steps - 1) % U):
         if dh is not None:
             grad += tl.load(dh_ptr, mask).to(ACC)
             dh_ptr -= dh_stride_t
         gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
         dgate, dhidden, grad = _step_backward(grad, gate, hidden, tl.load(h_prev_ptr, mask), ACC)
-        tl.store(dgate_ptr, dgate, mask)
-        tl.store(dgate_ptr + half, dhidden, mask)
+        if maps is not None:
+            kept, lost = _decay(kept, lost, gate, ACC)
+        else:
+            tl.store(dgate_ptr, dgate, mask)
+            tl.store(dgate_ptr + half, dhidden, mask)
         gate_ptr -= gh_stride_t
         dgate_ptr -= 2 * lanes
         h_prev_ptr -= h_stride_t
 
-    # Step 0 follows h0.
+    # The first step. That of the sequence follows h0.
     if dh is not None:
         grad += tl.load(dh_ptr, mask).to(ACC)
-    if h0 is not None:
-        first = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask)
-    else:
-        first = tl.full((BLOCK,), 0.5, ACC)
     gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
-    dgate, dhidden, grad = _step_backward(grad, gate, hidden, first, ACC)
-    tl.store(dgate_ptr, dgate, mask)
-    tl.store(dgate_ptr + half, dhidden, mask)
-    if dh0 is not None:
-        tl.store(dh0 + sample * lanes + lane, grad, mask)
+    if h0 is not None:
+        h_prev = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask).to(ACC)
+    else:
+        h_prev = tl.full((BLOCK,), 0.5, ACC)
+    if CHUNKED:
+        h_prev = tl.where(first > 0, tl.load(h_prev_ptr, mask & (first > 0)).to(ACC), h_prev)
+    dgate, dhidden, grad = _step_backward(grad, gate, hidden, h_prev, ACC)
+    if maps is not None:
+        kept, lost = _decay(kept, lost, gate, ACC)
+        store_map(maps, row, lanes, lane, mask, kept, lost, grad)
+    else:
+        tl.store(dgate_ptr, dgate, mask)
+        tl.store(dgate_ptr + half, dhidden, mask)
+        if dh0 is not None:
+            tl.store(dh0 + sample * lanes + lane, grad, mask & (first == 0))
 
 
 def _strides(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:
@@ -233,16 +275,27 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
         return h, h_n
 
     lanes = frame_numel(h_n, 1)
-    launch(
-        mingru_fwd_kernel,
-        gate_hidden,
-        (gate_hidden, h0, h, h_n),
-        lanes,
-        _strides(gate_hidden, h0, lanes, channels_last),
-        (steps,),
-        CHANNELS_LAST=channels_last,
-        U=FORWARD_STEPS,
-    )
+    chunk, chunks = cut(gate_hidden, lanes)
+    maps = scratch(gate_hidden, chunks, MAP_ARRAYS.value, lanes) if chunks > 1 else None
+
+    def run(h0: Tensor | None, reduced: Tensor | None = None) -> None:
+        launch(
+            mingru_fwd_kernel,
+            gate_hidden if maps is None else maps,
+            (gate_hidden, h0, h, h_n, reduced),
+            lanes,
+            _strides(gate_hidden, h0, lanes, channels_last),
+            (steps, chunk),
+            chunks,
+            CHANNELS_LAST=channels_last,
+            CHUNKED=chunks > 1,
+            U=FORWARD_STEPS,
+        )
+
+    if maps is not None:
+        run(None, maps)
+        h0 = linear_carries(gate_hidden, h0, maps, value=0.5)
+    run(h0)
     return h, h_n
 
 
@@ -275,20 +328,31 @@ def mingru_bwd(
         return dgate_hidden, dh0.zero_() if dh_n is None or h0 is None else dh0.copy_(dh_n)
 
     lanes = frame_numel(h, 2)
-    strides = (
-        *_strides(gate_hidden, h0, lanes, channels_last),
-        *(stride(h, 0), stride(h, 1)),
-        *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
-        0 if dh_n is None else stride(dh_n, 0),
-    )
-    launch(
-        mingru_bwd_kernel,
-        gate_hidden,
-        (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0),
-        lanes,
-        strides,
-        (gate_hidden.shape[1],),
-        CHANNELS_LAST=channels_last,
-        U=BACKWARD_STEPS,
-    )
+    chunk, chunks = cut(gate_hidden, lanes)
+    maps = scratch(gate_hidden, chunks, MAP_ARRAYS.value, lanes) if chunks > 1 else None
+
+    def run(dh_n: Tensor | None, reduced: Tensor | None = None) -> None:
+        strides = (
+            *_strides(gate_hidden, h0, lanes, channels_last),
+            *(stride(h, 0), stride(h, 1)),
+            *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
+            0 if dh_n is None else stride(dh_n, 0),
+        )
+        launch(
+            mingru_bwd_kernel,
+            gate_hidden if maps is None else maps,
+            (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0, reduced),
+            lanes,
+            strides,
+            (gate_hidden.shape[1], chunk),
+            chunks,
+            CHANNELS_LAST=channels_last,
+            CHUNKED=chunks > 1,
+            U=BACKWARD_STEPS,
+        )
+
+    if maps is not None:
+        run(None, maps)
+        dh_n = linear_carries(gate_hidden, dh_n, maps)
+    run(dh_n)
     return dgate_hidden, dh0

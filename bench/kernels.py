@@ -268,7 +268,7 @@ class Eager(TorchDispatchMode):
     """Counts what PyTorch's own ops move: every input read once and every output written once by each op, without
     views, without allocation, and without convolutions, which are only counted."""
 
-    # ops that write their first argument without reading it
+    # Of these the first argument is written and not read.
     _OVERWRITES = ("copy_", "fill_", "zero_")
 
     def __init__(self) -> None:
@@ -289,7 +289,7 @@ class Eager(TorchDispatchMode):
         inputs = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name in self._OVERWRITES:
             inputs = inputs[1:]
-        elif name.startswith(("zeros", "ones", "full", "new_", "zeros_like")) or name.endswith("_like"):
+        elif name.startswith(("zeros", "ones", "full", "new_")):
             inputs = []
         self.ops += 1
         self.bytes += sum(map(_extent, inputs)) + sum(map(_extent, outputs))

@@ -73,5 +73,5 @@ def test_amd_addresses_large_tensors_with_64_bits() -> None:
             OPS["mingru_fwd"].run((4, steps, 64, 56, 56), torch.bfloat16, "meta")
         codes.append(launches[0].asm["amdgcn"])
     small, large = (len(re.findall(r"^\s+buffer_(?:load|store)", code, re.MULTILINE)) for code in codes)
-    assert small > 0, "nothing to compare with"
-    assert large < small
+    assert small > 2
+    assert large <= 2  # h0 and h_n, which are small in both

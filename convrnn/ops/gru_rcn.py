@@ -1,13 +1,16 @@
 """GRU-RCN over a whole sequence: ``convrnn::gru_rcn`` and its public function."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.layout import state_dtype
+from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._library import register_autocast, register_once_differentiable, register_triton
+from ._library import register_autocast, register_triton
 
 
 def gru_rcn(
@@ -28,6 +31,11 @@ def gru_rcn(
 
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
+
+    Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms. Tangents
+    walk over time in Python, two convolutions a step, with every other convolution batched over time; a double backward
+    runs the op and such a walk, and differentiates both. ``torch.func.vmap`` over x and h0 joins the batch; where
+    weights are mapped, or gradients of weights are (per-sample gradients), the op is called once for each entry.
 
     Under autocast, x, the weights and the bias are cast once a call and the state stays fp32.
 
@@ -70,6 +78,9 @@ def gru_rcn(
         if not checked_later:
             _check_dtypes(x, W, U, C, bias)
     keep = not recompute and _needs_gradient([x, h0, W, U, C, bias])
+    if not torch.jit.is_scripting():
+        # inside of torch.func's transforms a tensor does not say whether a gradient will be wanted
+        keep = not recompute and (keep or torch._C._are_functorch_transforms_active())
     out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, W, U, C, bias, keep)
     return out, h_n
 
@@ -282,12 +293,10 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
         return torch.ops.convrnn.gru_rcn_backward(*args)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    defaults = (None, True)  # the dispatcher drops arguments that have their default
-    padded: list[Any] = [*inputs, *defaults[len(inputs) - 5 :]]
-    x, h0, W, U, C, bias, keep_gates = padded
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, W, U, C, bias, _ = inputs
     out, _, gates = output
-    ctx.save_for_backward(x, h0, W, U, C, out, gates, None if keep_gates else bias)
+    ctx.save_for_backward(x, h0, W, U, C, out, gates, bias)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
 
@@ -295,16 +304,99 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * 7
     *saved, bias = ctx.saved_tensors
     gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, wanted, bias)
     found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    return tuple([*found, None][: len(ctx.needs_input_grad)])
+    return (*found, None)
+
+
+def _convolve(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """'Same' convolution of (B, channels, *S)."""
+    weight = _odd(weight)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    return conv(frames, weight, bias, padding=[size // 2 for size in weight.shape[2:]])
+
+
+def _convolve_all(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for all steps of (B, T, channels, *S) at once."""
+    return _convolve(frames.flatten(0, 1), weight, bias).unflatten(0, frames.shape[:2])
+
+
+def _jvp(
+    inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The tangent of the recurrence: what does not wait for the state's tangent is computed for all steps at once."""
+    x, h0 = inputs[:2]
+    dtype = state_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        out, states_dtype = outputs[0], x.dtype if h0 is None else h0.dtype
+        assert out is not None
+        dx, dh0, dW, dU, dC, dbias = (None if t is None else t.to(dtype) for t in tangents[:6])
+        dh = torch.zeros_like(out.new_empty((out.shape[0], *out.shape[2:]), dtype=dtype)) if dh0 is None else dh0
+        if out.numel() == 0:
+            return torch.zeros_like(out), dh.to(states_dtype), None
+        x, W, U, C = (i.to(dtype) for i in (x, *inputs[2:5]))
+        bias = None if inputs[5] is None else inputs[5].to(dtype)
+        features = C.shape[0]
+        first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1)
+        h = torch.cat((first.to(dtype), out[:, :-1].to(dtype)), 1)  # before each step
+        xp = _convolve_all(x, W, bias)
+        zr = torch.sigmoid(xp[:, :, : 2 * features] + _convolve_all(h, U))
+        z, r = zr.chunk(2, dim=2)
+        c = torch.tanh(xp[:, :, 2 * features :] + _convolve_all(r * h, C))
+
+        da = torch.zeros_like(xp)  # of the pre-activations
+        if dx is not None:
+            da = da + _convolve_all(dx, W)
+        if dW is not None:
+            da = da + _convolve_all(x, dW)
+        if dbias is not None:
+            da = da + dbias.view(-1, *[1] * (x.dim() - 3))
+        da_zr, da_c = da[:, :, : 2 * features], da[:, :, 2 * features :]
+        if dU is not None:
+            da_zr = da_zr + _convolve_all(h, dU)
+        if dC is not None:
+            da_c = da_c + _convolve_all(r * h, dC)
+
+        steps = (t.unbind(1) for t in (da_zr, da_c, zr * (1 - zr), z, r, c - h, z * (1 - c * c), h))
+        dout = []
+        for t, (da_zr_t, da_c_t, slope_zr, z_t, r_t, toward, slope_c, h_t) in enumerate(zip(*steps, strict=True)):
+            still = t == 0 and dh0 is None  # the state has no tangent yet
+            dz, dr = (slope_zr * (da_zr_t if still else da_zr_t + _convolve(dh, U))).chunk(2, dim=1)
+            dc = slope_c * (da_c_t + _convolve(dr * h_t + r_t * dh, C))
+            dh = (1 - z_t) * dh + toward * dz + dc
+            dout.append(dh)
+        return torch.stack(dout, 1).to(out.dtype), dh.to(states_dtype), None
+
+
+def _forward_and_jvp(
+    primals: Sequence[Tensor | None], directions: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast(primals[0].device.type, enabled=False):  # type: ignore[union-attr]
+        outputs = torch.ops.convrnn.gru_rcn(*primals)
+    return _jvp(primals, outputs, directions)
+
+
+_WEIGHTS, _BACKWARD_WEIGHTS = (2, 3, 4, 5), (4, 5, 6, 10)
+_fold, _loop = fold("gru_rcn", _WEIGHTS), loop("gru_rcn")
+_fold_backward, _loop_backward = fold("gru_rcn_backward", _BACKWARD_WEIGHTS), loop("gru_rcn_backward")
+
+
+def _vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[Any, Any]:
+    rule = _loop if any(in_dims[i] is not None for i in _WEIGHTS) else _fold
+    return rule(info, in_dims, *inputs)
+
+
+def _vmap_backward(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[Any, Any]:
+    # a gradient of weights sums over the batch, which the mapped dimension must stay out of
+    apart = any(in_dims[i] is not None for i in _BACKWARD_WEIGHTS) or any(inputs[9][2:])
+    return (_loop_backward if apart else _fold_backward)(info, in_dims, *inputs)
 
 
 register_triton("gru_rcn", _triton)
 register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
-torch.library.register_autograd("convrnn::gru_rcn", _backward, setup_context=_setup_context)
-register_once_differentiable("gru_rcn_backward")
+register("gru_rcn", Formulas(_setup_context, _backward, _jvp, _vmap))
+register_backward_op("gru_rcn_backward", Forward(_forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10)), _vmap_backward)

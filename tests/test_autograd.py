@@ -115,6 +115,21 @@ def test_reverse_over_forward(name, device):
         close(a, b)
 
 
+@pytest.mark.parametrize("name", ["mingru-h0", "gru_rcn"])
+def test_plain_forward_mode_compiled(name, device):
+    """One graph, the dual level inside of it."""
+    inputs, directions = CASES[name].inputs(device), CASES[name].inputs(device, seed=1)
+
+    def tangent(inputs, directions):
+        with forward_ad.dual_level():
+            outputs = CASES[name].ours(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, directions, strict=True)))
+            return forward_ad.unpack_dual(outputs[0]).tangent
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    close(compiled(inputs, directions), tangent(inputs, directions))
+
+
 def test_coefficients_of_zero_in_second_derivatives(device):
     """-inf in log_a or log_b: finite, and zero where log_scan's gradient is."""
     log_a, log_b = (x.requires_grad_() for x in CASES["log_scan"].inputs(device))

@@ -74,49 +74,45 @@ def register(name: str, formulas: Formulas) -> None:
             result = formulas.jvp(inputs, saved[count:], given)
         return result[0] if single else result
 
-    class Transformed(Function):
-        """The op inside of a torch.func transform."""
+    def transformed_forward(*inputs: Any) -> Any:
+        return op(*inputs)
 
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return op(*inputs)
+    def transformed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        save_for_jvp(ctx, inputs, output)  # kept until the tangents are there, if there are any
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs, output)
-            save_for_jvp(ctx, inputs, output)  # kept until the tangents are there, if there are any
+    def eager_forward(ctx: Any, *args: Any) -> Any:
+        # torch.autograd.Function binds signatures at every call where setup_context is a method of its own
+        *inputs, (keyset, forward_mode) = args
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+        full = (*inputs, *defaults[len(inputs) :])
+        setup_context(ctx, full, result)
+        if forward_mode:
+            save_for_jvp(ctx, full, result)
+        ctx.num_inputs = len(inputs)
+        return result
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return formulas.backward(ctx, *gradients)
+    def eager_backward(ctx: Any, *gradients: Any) -> Any:
+        return (*formulas.backward(ctx, *gradients)[: ctx.num_inputs], None)
 
-    class Eager(Function):
-        """The op outside of them: torch.autograd.Function binds signatures where setup_context is its own method."""
+    def function(**methods: Callable[..., Any]) -> Any:
+        # the name is what anomaly mode and grad_fn show
+        return type(f"convrnn_{name}", (Function,), {key: staticmethod(method) for key, method in methods.items()})
 
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            *inputs, keyset = args
-            with torch._C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-            full = (*inputs, *defaults[len(inputs) :])
-            setup_context(ctx, full, result)
-            if _forward_mode(inputs):
-                save_for_jvp(ctx, full, result)
-            ctx.num_inputs = len(inputs)
-            return result
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return (*formulas.backward(ctx, *gradients)[: ctx.num_inputs], None)
-
-    Transformed.vmap = staticmethod(formulas.vmap)  # type: ignore[method-assign]
-    Transformed.jvp = Eager.jvp = staticmethod(jvp)  # type: ignore[method-assign]
-    for function in (Transformed, Eager):
-        function.__name__ = function.__qualname__ = f"convrnn_{name}"  # what anomaly mode and grad_fn show
+    eager = function(forward=eager_forward, backward=eager_backward, jvp=jvp)
+    transformed = function(
+        forward=transformed_forward,
+        setup_context=transformed_setup_context,
+        backward=formulas.backward,
+        jvp=jvp,
+        vmap=formulas.vmap,
+    )
 
     def autograd_kernel(keyset: Any, *inputs: Any) -> Any:
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or _forward_mode(inputs):
-            return Eager.apply(*inputs, keyset)  # type: ignore[no-untyped-call]
+        forward_mode = _forward_mode(inputs)
+        if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return eager.apply(*inputs, (keyset, forward_mode))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
@@ -125,7 +121,7 @@ def register(name: str, formulas: Formulas) -> None:
         kernel = autocast_kernel(name, inputs)
         if kernel is not None:
             return kernel(*inputs)
-        return Transformed.apply(*inputs, *defaults[len(inputs) :])  # type: ignore[no-untyped-call]
+        return transformed.apply(*inputs, *defaults[len(inputs) :])
 
     register_kernel(name, autograd_kernel, "Autograd", with_keyset=True)
     register_kernel(name, transform_kernel, "FuncTorchDynamicLayerFrontMode")

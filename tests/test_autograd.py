@@ -227,3 +227,11 @@ def test_double_backward_for_some_inputs(name, device):
             (gradient,) = torch.autograd.grad(loss(f(*inputs)), inputs[first], create_graph=True)
             found.append(torch.autograd.grad(loss((gradient,)), inputs[second])[0])
         close(*found)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="PyTorch: no double backward through a compiled graph")
+def test_double_backward_of_a_compiled_graph_is_pytorchs_limit(device):
+    x = torch.randn(3, device=device, requires_grad=True)
+    y = torch.compile(torch.sin, backend="aot_eager")(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    gradient.sum().backward()

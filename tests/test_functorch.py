@@ -8,12 +8,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import convrnn
 
-from .conftest import INTERPRETED
 from .differentiable import CASES, loss
 from .samples import backward_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-SMALL = [name for name in CASES if not INTERPRETED or name not in ("gru_rcn", "gru_rcn-h0-bias")]
 
 
 def close(a, b, tolerance=1e-9):
@@ -91,7 +89,8 @@ def test_nested_vmap(name, device):
             close(y[1, 2], expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.compiled  # vmap over every entry: minutes in the interpreter
+@pytest.mark.parametrize("name", CASES)
 def test_jacobians_and_hessians(name, device):
     case = CASES[name]
     inputs = case.inputs(device)

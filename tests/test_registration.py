@@ -32,6 +32,9 @@ def test_opcheck_backward(op, device):
     overload = getattr(torch.ops.convrnn, f"{op}_backward").default
     for arguments in backward_samples(op, device):
         torch.library.opcheck(overload, arguments)
+        grown = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(overload, grown, test_utils=utils)
 
 
 @pytest.mark.parametrize("op", OPS)

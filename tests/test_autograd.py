@@ -37,6 +37,7 @@ def test_forward_mode_gradcheck(name, device):
     assert gradgradcheck(CASES[name].ours, inputs, **over, **fast)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_third_derivative(name, device):
     def third(f):
@@ -80,6 +81,7 @@ def test_tangents_have_the_dtype_of_their_outputs(name, dtype, device):
         close(t.double(), e, tolerance * (1 + e.abs().max().item()))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_plain_forward_mode_on_some_inputs(name, device):
     """torch.autograd.forward_ad without torch.func, tangents on one input at a time; the raw ops do it too."""
@@ -100,6 +102,7 @@ def test_plain_forward_mode_on_some_inputs(name, device):
             assert b is not None or a is None or not a.any()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_reverse_over_forward(name, device):
     case = CASES[name]
@@ -115,6 +118,7 @@ def test_reverse_over_forward(name, device):
         close(a, b)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["mingru-h0", "gru_rcn"])
 def test_plain_forward_mode_compiled(name, device):
     """One graph, the dual level inside of it."""
@@ -130,6 +134,7 @@ def test_plain_forward_mode_compiled(name, device):
     close(compiled(inputs, directions), tangent(inputs, directions))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_coefficients_of_zero_in_second_derivatives(device):
     """-inf in log_a or log_b: finite, and zero where log_scan's gradient is."""
     log_a, log_b = (x.requires_grad_() for x in CASES["log_scan"].inputs(device))
@@ -213,6 +218,7 @@ def test_first_order_calls_two_ops_and_no_gradient_none(name, device):
     assert all(x.grad is None for x in inputs[:-1]) and inputs[-1].grad is not None
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_double_backward_for_some_inputs(name, device):
     """The gradient of one input, differentiated for another."""
@@ -229,6 +235,7 @@ def test_double_backward_for_some_inputs(name, device):
         close(*found)
 
 
+@pytest.mark.compiled
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="PyTorch: no double backward through a compiled graph")
 def test_double_backward_of_a_compiled_graph_is_pytorchs_limit(device):
     x = torch.randn(3, device=device, requires_grad=True)

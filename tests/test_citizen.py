@@ -57,6 +57,7 @@ def test_saved_tensor_hooks(name, device):
         assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", OPS)
 def test_checkpoint(name, device):
     case, inputs = CASES[name], CASES[name].inputs(device)
@@ -68,6 +69,7 @@ def test_checkpoint(name, device):
     assert_same([x.grad for x in leaves], expected[: len(leaves)])
 
 
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
 @pytest.mark.parametrize("name", OPS)
 def test_anomaly_mode(name, device):
@@ -79,6 +81,7 @@ def test_anomaly_mode(name, device):
             outputs[0].sum().backward()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", OPS)
 def test_deterministic_algorithms(name, device):
     if device == "cuda":

@@ -185,8 +185,7 @@ def _update_jvp(
     return dc, ((1 - z) * dh + (c - h) * dz + z * dc).to(h.dtype)
 
 
-# The backward ops once more, in operations that PyTorch differentiates: what they return beside their inputs' dtypes is
-# a polynomial of these.
+# The backward ops once more, in operations that PyTorch differentiates, and their tangents.
 
 
 def _gates_backward_formula(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, ...]:

@@ -179,6 +179,19 @@ def test_long_second_derivatives_keep_their_precision(device):
     assert error < 2e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 6), (0, 3, 6), (2, 3, 0), (2, 3, 6, 0)], ids=str)
+def test_empty(shape, device):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    h0 = torch.randn(shape[0], shape[2] // 2, *shape[3:], device=device, requires_grad=True)
+    gradients = torch.autograd.grad(loss(convrnn.mingru(x, h0)), (x, h0), create_graph=True)
+    second = torch.autograd.grad(loss(gradients), (x, h0), allow_unused=True)
+    assert second[1].shape == h0.shape
+    tangents = torch.func.jvp(convrnn.mingru, (x, h0), (x, h0))[1]
+    assert tangents[0].numel() == 0 and tangents[1].shape == h0.shape
+    if shape[1] == 0:
+        assert torch.equal(tangents[1], h0)
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of convrnn's ops, with their last list of flags."""
 

@@ -11,7 +11,7 @@ CONFIG  := $(VENV)/.config
 LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu test-sanitized bench bench-compare lint wheel clean
+.PHONY: setup demo test test-gpu test-sanitized bench bench-compare kernel-report lint wheel clean
 
 setup: $(LIBRARY)
 
@@ -61,6 +61,10 @@ bench: $(LIBRARY)
 bench-compare: $(LIBRARY)
 	@test -n "$(BASE)" || { echo "make bench-compare needs BASE=<git ref, or JSON file of make bench>" >&2; exit 2; }
 	$(BIN)/python -m bench.compare "$(BASE)" $(ARGS)
+
+# What the Triton kernels compile to for GPUs that need not be present, and the bytes they move: bench/results/kernels.json.
+kernel-report: $(LIBRARY)
+	$(BIN)/python -m bench.kernel_report $(ARGS)
 
 lint: $(LIBRARY)
 	$(BIN)/ruff check .

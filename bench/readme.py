@@ -103,6 +103,7 @@ def pair(forward: Row, step: Row) -> str:
 
 # GB/s of memory and TFLOP/s of dense bfloat16 and tf32 products, from the makers' data sheets.
 DEVICES = {"A100 80 GB": (2039, 312, 156), "H100 SXM": (3350, 989, 494), "H200": (4800, 989, 494)}
+DEVICES |= {"B200": (8000, 2250, 1125)}
 FLOORS = [mingru(16, 256, 512), mingru(1, 65536, 64), mingru(4, 16, 64, 56, 56), mingru(16, 10, 256, 14, 14)]
 FLOORS += [gru_rcn(16, 10, 64, 64, 7, 7), gru_rcn(4, 10, 64, 64, 28, 28), gru_rcn(16, 10, 256, 256, 14, 14)]
 

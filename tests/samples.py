@@ -53,7 +53,8 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
         outputs = forward(*arguments)
         upstream = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
         if op == "mingru":
-            samples += [(*upstream, *arguments, outputs[0]), (None, upstream[1], *arguments, outputs[0])]
+            for given in (upstream, (None, upstream[1]), (upstream[0], None)):
+                samples.append((*given, *arguments, outputs[0]))
         elif op == "log_scan":
             samples.append((*upstream, *arguments, outputs))
         elif op == "gru_gates":
@@ -62,8 +63,9 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
             samples.append((*upstream, arguments[2], outputs[0], arguments[3]))
         else:
             out, _, gates = outputs
-            bias = arguments[5] if gates.numel() == 0 else None
+            bias = arguments[5] if len(arguments) > 5 else None
             masks = [True] * 6, [False, True, False, True, False, False], [True, False, False, True, True, True]
             for mask in masks:
                 samples.append((upstream[0], None, *arguments[:5], out, gates, mask, bias))
+            samples.append((None, upstream[1], *arguments[:5], out, gates, masks[0], bias))
     return samples

@@ -73,16 +73,6 @@ def test_gradcheck(op, device):
     assert torch.autograd.gradcheck(ours, leaves, fast_mode=INTERPRETED)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_double_backward_says_no(op, device):
-    ours, _, multiples = OPS[op]
-    first, *rest = inputs(multiples, (1, 2, 2), device)
-    first.requires_grad_()
-    (gradient,) = torch.autograd.grad(ours(first, *rest)[0].sum(), first, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("error", "named", "call"),
     [

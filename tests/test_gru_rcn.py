@@ -228,14 +228,6 @@ def test_gradcheck(kernel, device):
     assert torch.autograd.gradcheck(gru_rcn, leaves, fast_mode=INTERPRETED)
 
 
-def test_double_backward_says_no(device):
-    x, *rest = make(device=device)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(gru_rcn(x, *rest)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("error", "named", "position", "bad"),
     [

@@ -99,13 +99,6 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(parallel_scan_log, pair, fast_mode=INTERPRETED)
 
 
-def test_double_backward_says_no(device):
-    log_a, log_b = (x.requires_grad_() for x in inputs(1, 3, 2, device=device))
-    (gradient,) = torch.autograd.grad(log_scan(log_a, log_b).sum(), log_a, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("error", "named", "call"),
     [

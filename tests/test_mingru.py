@@ -138,13 +138,6 @@ def test_gradcheck(with_h0, device):
     assert torch.autograd.gradcheck(mingru, (x, h0), fast_mode=INTERPRETED)
 
 
-def test_double_backward_says_no(device):
-    x = torch.randn(1, 3, 4, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(mingru(x)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        gradient.sum().backward()
-
-
 def test_gate_hidden_is_the_seeds_entry_point(device):
     gate, hidden, h = (torch.randn(2, t, 3, 4, device=device) for t in (5, 5, 1))
     expected = mingru(torch.cat((gate, hidden), 2), h[:, 0])[0]

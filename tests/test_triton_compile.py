@@ -12,15 +12,17 @@ from .harness.compiled import ARCHS, Launch, check, compiling
 
 pytestmark = pytest.mark.compiled
 
-ARRANGEMENTS = ("contiguous", "chunk", "channels_last", "unaligned")
+ARRANGEMENTS = ("contiguous", "chunk", "channels_last", "time_first", "unaligned")
 
 
 def frames(*shape: int, dtype: torch.dtype, arrangement: str = "contiguous", device: str = "cpu") -> Tensor:
-    """A tensor (B, T, C, *S): dense, a view of a tensor with more channels, or channels last."""
+    """A tensor (B, T, C, *S): dense, a view of a tensor with more channels, channels last, or (T, B, C, *S) in memory."""
     if arrangement == "chunk":
         return torch.empty(*shape[:2], 2 * shape[2], *shape[3:], dtype=dtype, device=device)[:, :, : shape[2]]
     if arrangement == "channels_last":
         return torch.empty(*shape[:2], *shape[3:], shape[2], dtype=dtype, device=device).movedim(-1, 2)
+    if arrangement == "time_first":
+        return torch.empty(shape[1], shape[0], *shape[2:], dtype=dtype, device=device).transpose(0, 1)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -143,6 +145,8 @@ def test_every_dtype_and_arrangement(arch: int, dtype: torch.dtype, arrangement:
     state = torch.float64 if dtype == torch.float64 else torch.float32
     with compiling(arch) as launches:
         run_mingru(dtype, arrangement, with_h0=True, h0_dtype=state)
+        if arrangement == "unaligned":
+            run_mingru(dtype, arrangement, with_h0=False)
         if arrangement != "channels_last":
             run_gru_step(dtype, arrangement, state)
         if arrangement == "contiguous":

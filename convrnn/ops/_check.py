@@ -6,25 +6,17 @@ graphs and scripted archives call the op and not the function; the C++ kernels c
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """TypeError unless ``x`` is a tensor of a dtype that the kernels take; forward-mode AD is an error too."""
+    """TypeError unless ``x`` is a tensor of a dtype and layout that the kernels take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x)}")
-    if not torch.jit.is_scripting():
-        _check_no_tangent(name, x)
+    if not torch.jit.is_scripting() and (x.is_nested or x.layout != torch.strided):
+        kind = "nested" if x.is_nested else f"{x.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
     if x.dtype not in [torch.float32, torch.float64, torch.bfloat16, torch.float16]:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
-
-
-def _check_no_tangent(name: str, x: Tensor) -> None:
-    """PyTorch would silently drop the tangent of an op without a forward-mode formula."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{name} carries a tangent: convrnn's ops have no forward-mode AD yet")
 
 
 def check_shape(name: str, x: Tensor, meaning: str, expected: list[int]) -> None:

@@ -9,13 +9,14 @@ The environment variable CONVRNN_BACKEND chooses which kernels CPU tensors reach
 CUDA tensors always reach the Triton kernels.
 """
 
+import functools
 import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -58,6 +59,7 @@ torch.ops.load_library(str(LIBRARY))
 torch.ops.convrnn.cpu_isa()
 
 _registrations = torch.library.Library("convrnn", "IMPL")
+_autocast_kernels: dict[str, Callable[..., Any]] = {}
 
 
 def register_triton(op: str, kernel: Callable[..., Any]) -> None:
@@ -76,17 +78,21 @@ def register_autocast(op: str, kernel: Callable[..., Any]) -> None:
     def on(device_type: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: kernel(device_type, *args, **kwargs)
 
+    _autocast_kernels[op] = kernel
     _registrations.impl(op, on("cuda"), "AutocastCUDA")
     _registrations.impl(op, on("cpu"), "AutocastCPU")
 
 
-def register_once_differentiable(op: str) -> None:
-    """Makes differentiating the backward op ``op`` an error that says so."""
+def autocast_kernel(op: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The kernel that autocast would run in place of ``op`` on these inputs, if it is on."""
+    kernel = _autocast_kernels.get(op)
+    if kernel is None:
+        return None
+    device_type = next(x.device.type for x in inputs if isinstance(x, torch.Tensor))
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return functools.partial(kernel, device_type) if on else None
 
-    def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(
-            f"convrnn::{op} cannot be differentiated: convrnn has no double backward yet. "
-            "Use convrnn.reference where a second derivative is needed."
-        )
 
-    torch.library.register_autograd(f"convrnn::{op}", backward)
+def register_kernel(op: str, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
+    """Registers ``kernel`` for ``op`` at a dispatch key."""
+    _registrations.impl(op, kernel, key, with_keyset=with_keyset)

@@ -1,12 +1,14 @@
 """One GRU step between its convolutions: ``convrnn::gru_gates`` and ``convrnn::gru_update``."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._autograd import Formulas, fold, pull_back, register, zeros_if_none
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._library import register_once_differentiable, register_triton
+from ._library import register_triton
 
 
 def _check(h: Tensor, others: list[tuple[str, Tensor, int]]) -> None:
@@ -27,6 +29,9 @@ def _check(h: Tensor, others: list[tuple[str, Tensor, int]]) -> None:
 
 def gru_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[z, r] = sigmoid(xp + hp) and r . h: the gates of a GRU whose reset gate comes before the convolution.
+
+    Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms; the first
+    derivative in reverse mode is a kernel, the others are elementwise PyTorch operations.
 
     Args:
         xp: (B, 2*C, *S), the input's projections for z (first C channels) and r, bias included; float32, float64,
@@ -55,6 +60,8 @@ def gru_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def gru_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """c = tanh(xc + hc), h' = (1 - z) . h + z . c: the candidate and the next state; z is the candidate's share.
+
+    Differentiable as :func:`gru_gates` is.
 
     Args:
         xc: (B, C, *S), the input's projection for the candidate, bias included.
@@ -144,7 +151,7 @@ def _gates_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Ten
     ctx.save_for_backward(z, r, inputs[2])
 
 
-def _gates_backward(ctx: Any, dz: Tensor, dr: Tensor, drh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gates_backward(ctx: Any, dz: Tensor, dr: Tensor, drh: Tensor) -> tuple[Tensor | None, ...]:
     da, dh = torch.ops.convrnn.gru_gates_backward(dz, dr, drh, *ctx.saved_tensors)
     return da, da, dh
 
@@ -154,16 +161,85 @@ def _update_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Te
     ctx.save_for_backward(z, output[0], h)
 
 
-def _update_backward(ctx: Any, dc: Tensor, dh_next: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _update_backward(ctx: Any, dc: Tensor, dh_next: Tensor) -> tuple[Tensor | None, ...]:
     da, dz, dh = torch.ops.convrnn.gru_update_backward(dc, dh_next, *ctx.saved_tensors)
     return da, da, dz, dh
+
+
+def _gates_jvp(
+    inputs: Sequence[Any], outputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    (_, _, h), (z, r, _) = inputs, outputs
+    dxp, dhp, dh = zeros_if_none(tangents, inputs)
+    da_z, da_r = (dxp + dhp).chunk(2, dim=1)
+    dz, dr = z * (1 - z) * da_z, r * (1 - r) * da_r
+    return dz, dr, (dr * h + r * dh).to(r.dtype)
+
+
+def _update_jvp(
+    inputs: Sequence[Any], outputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    (_, _, z, h), (c, _) = inputs, outputs
+    dxc, dhc, dz, dh = zeros_if_none(tangents, inputs)
+    dc = (1 - c * c) * (dxc + dhc)
+    return dc, ((1 - z) * dh + (c - h) * dz + z * dc).to(h.dtype)
+
+
+# The backward ops once more, in operations that PyTorch differentiates, and their tangents.
+
+
+def _gates_backward_formula(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    da = torch.cat((dz * z * (1 - z), (dr + drh * h) * r * (1 - r)), 1)
+    return da.to(z.dtype), (drh * r).to(h.dtype)
+
+
+def _gates_backward_jvp(
+    inputs: Sequence[Any], outputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    dz, dr, drh, z, r, h = inputs
+    tdz, tdr, tdrh, tz, tr, th = zeros_if_none(tangents, inputs)
+    ta_z = tdz * z * (1 - z) + dz * (1 - 2 * z) * tz
+    ta_r = (tdr + tdrh * h + drh * th) * r * (1 - r) + (dr + drh * h) * (1 - 2 * r) * tr
+    return torch.cat((ta_z, ta_r), 1).to(z.dtype), (tdrh * r + drh * tr).to(h.dtype)
+
+
+def _update_backward_formula(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    da = (dc + dh_next * z) * (1 - c * c)
+    return da.to(c.dtype), (dh_next * (c - h)).to(c.dtype), (dh_next * (1 - z)).to(h.dtype)
+
+
+def _update_backward_jvp(
+    inputs: Sequence[Any], outputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    dc, dh_next, z, c, h = inputs
+    tdc, tdh_next, tz, tc, th = zeros_if_none(tangents, inputs)
+    ta = (tdc + tdh_next * z + dh_next * tz) * (1 - c * c) - 2 * (dc + dh_next * z) * c * tc
+    tz_out = tdh_next * (c - h) + dh_next * (tc - th)
+    return ta.to(c.dtype), tz_out.to(c.dtype), (tdh_next * (1 - z) - dh_next * tz).to(h.dtype)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pull_back(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(pull_back(formula, list(ctx.saved_tensors), list(gradients))[1])
+
+    return backward
 
 
 register_triton("gru_gates", _triton_gates)
 register_triton("gru_gates_backward", _triton_gates_backward)
 register_triton("gru_update", _triton_update)
 register_triton("gru_update_backward", _triton_update_backward)
-torch.library.register_autograd("convrnn::gru_gates", _gates_backward, setup_context=_gates_setup_context)
-torch.library.register_autograd("convrnn::gru_update", _update_backward, setup_context=_update_setup_context)
-register_once_differentiable("gru_gates_backward")
-register_once_differentiable("gru_update_backward")
+register("gru_gates", Formulas(_gates_setup_context, _gates_backward, _gates_jvp, fold("gru_gates")))
+register("gru_update", Formulas(_update_setup_context, _update_backward, _update_jvp, fold("gru_update")))
+register(
+    "gru_gates_backward",
+    Formulas(_save_inputs, _pull_back(_gates_backward_formula), _gates_backward_jvp, fold("gru_gates_backward")),
+)
+register(
+    "gru_update_backward",
+    Formulas(_save_inputs, _pull_back(_update_backward_formula), _update_backward_jvp, fold("gru_update_backward")),
+)

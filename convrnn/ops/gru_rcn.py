@@ -1,13 +1,15 @@
 """GRU-RCN over a whole sequence: ``convrnn::gru_rcn`` and its public function."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._library import register_autocast, register_once_differentiable, register_triton
+from ._gru_rcn_tangent import forward_and_jvp, jvp, odd
+from ._library import register_autocast, register_triton
 
 
 def gru_rcn(
@@ -28,6 +30,11 @@ def gru_rcn(
 
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
+
+    Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms. Tangents
+    walk over time in Python, two convolutions a step, with every other convolution batched over time; a double backward
+    runs the op and such a walk, and differentiates both. ``torch.func.vmap`` over x and h0 joins the batch; where
+    weights are mapped, or gradients of weights are (per-sample gradients), the op is called once for each entry.
 
     Under autocast, x, the weights and the bias are cast once a call and the state stays fp32.
 
@@ -70,6 +77,9 @@ def gru_rcn(
         if not checked_later:
             _check_dtypes(x, W, U, C, bias)
     keep = not recompute and _needs_gradient([x, h0, W, U, C, bias])
+    if not torch.jit.is_scripting():
+        # inside of torch.func's transforms a tensor does not say whether a gradient will be wanted
+        keep = not recompute and (keep or torch._C._are_functorch_transforms_active())
     out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, W, U, C, bias, keep)
     return out, h_n
 
@@ -198,16 +208,8 @@ def _(
     )
 
 
-def _odd(weight: Tensor) -> Tensor:
-    """The same convolution with odd kernel sizes: 'same' padding puts the odd one of an even kernel's zeros last."""
-    pad: list[int] = []
-    for dim in range(weight.dim() - 1, 1, -1):
-        pad += [1 - weight.shape[dim] % 2, 0]
-    return F.pad(weight, pad) if sum(pad) > 0 else weight
-
-
 def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of ``weight`` from that of ``_odd(weight)``; as it is where nobody asked for it."""
+    """The gradient of ``weight`` from that of ``odd(weight)``; as it is where nobody asked for it."""
     if gradient.dim() != weight.dim() or gradient.shape == weight.shape:
         return gradient
     for dim in range(2, weight.dim()):
@@ -227,7 +229,7 @@ def _triton(
     from ..kernels.gru_rcn import gru_rcn_fwd
 
     _check_op(x, h0, W, U, C, bias)
-    out, h_n, gates = gru_rcn_fwd(x, h0, _odd(W), _odd(U), _odd(C), bias)
+    out, h_n, gates = gru_rcn_fwd(x, h0, odd(W), odd(U), odd(C), bias)
     return out, h_n, gates if keep_gates else gates.new_empty(0)
 
 
@@ -247,7 +249,7 @@ def _triton_backward(
     from ..kernels.gru_rcn import gru_rcn_bwd, gru_rcn_fwd
 
     _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
-    odd = [_odd(weight) for weight in (W, U, C)]
+    odd = [odd(weight) for weight in (W, U, C)]
     if gates.numel() == 0 and out.numel() > 0:
         gates = gru_rcn_fwd(x, h0, *odd, bias)[2]
     dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *odd, out, gates, output_mask)
@@ -282,12 +284,10 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
         return torch.ops.convrnn.gru_rcn_backward(*args)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    defaults = (None, True)  # the dispatcher drops arguments that have their default
-    padded: list[Any] = [*inputs, *defaults[len(inputs) - 5 :]]
-    x, h0, W, U, C, bias, keep_gates = padded
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, W, U, C, bias, _ = inputs
     out, _, gates = output
-    ctx.save_for_backward(x, h0, W, U, C, out, gates, None if keep_gates else bias)
+    ctx.save_for_backward(x, h0, W, U, C, out, gates, bias)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
 
@@ -295,16 +295,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
-        return (None,) * len(ctx.needs_input_grad)
+        return (None,) * 7
     *saved, bias = ctx.saved_tensors
     gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, wanted, bias)
     found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    return tuple([*found, None][: len(ctx.needs_input_grad)])
+    return (*found, None)
+
+
+_WEIGHTS, _BACKWARD_WEIGHTS = (2, 3, 4, 5), (4, 5, 6, 10)
+_fold, _loop = fold("gru_rcn", _WEIGHTS), loop("gru_rcn")
+_fold_backward, _loop_backward = fold("gru_rcn_backward", _BACKWARD_WEIGHTS), loop("gru_rcn_backward")
+
+
+def _vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[Any, Any]:
+    rule = _loop if any(in_dims[i] is not None for i in _WEIGHTS) else _fold
+    return rule(info, in_dims, *inputs)
+
+
+def _vmap_backward(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[Any, Any]:
+    # a gradient of weights sums over the batch, which the mapped dimension must stay out of
+    apart = any(in_dims[i] is not None for i in _BACKWARD_WEIGHTS) or any(inputs[9][2:])
+    return (_loop_backward if apart else _fold_backward)(info, in_dims, *inputs)
 
 
 register_triton("gru_rcn", _triton)
 register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
-torch.library.register_autograd("convrnn::gru_rcn", _backward, setup_context=_setup_context)
-register_once_differentiable("gru_rcn_backward")
+register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap))
+register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10)), _vmap_backward)

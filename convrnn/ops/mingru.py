@@ -1,13 +1,15 @@
 """minGRU: ``convrnn::mingru`` and its public functions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import layout
+from ._autograd import Formulas, Forward, fold, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._library import register_once_differentiable, register_triton
+from ._library import register_triton
 
 
 def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -16,6 +18,10 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
     g(x) = x + 1/2 for x >= 0 and sigmoid(x) otherwise; z is the share of the candidate. Arithmetic and state are fp32
     (fp64 for float64) whatever the dtype of the tensors, so that one call, several calls on pieces of T, and one call
     a step agree. Saved for backward: the two inputs and ``h``.
+
+    Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms. A second
+    derivative, or a tangent, is scans again: the tangent runs one more, a double backward two and two of their
+    backwards, beside elementwise operations. g has a corner at 0, where the derivative from the right is taken.
 
     Args:
         gate_hidden: (B, T, 2*C, *S), the gates' pre-activations in the first C channels and the candidates' in the last;
@@ -145,7 +151,7 @@ def _triton_backward(
     return mingru_bwd(dh, dh_n, gate_hidden, h0, h)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     gate_hidden, h0 = inputs
     ctx.save_for_backward(gate_hidden, h0, output[0])
     ctx.set_materialize_grads(False)
@@ -159,7 +165,62 @@ def _backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor 
     return dgate_hidden, None if h0 is None else dh0
 
 
+def affine_scan(gate: Tensor, w: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """d_t = (1 - z_t) . d_{t-1} + z_t . w_t with z = sigmoid(gate) from d_0 = ``first``, for w of any sign.
+
+    g is the identity plus 1/2 where its argument is not negative. The step is a weighted mean, so it commutes with a
+    shift and a scale: they bring every lane (over time) to [1.5, 2.5] + 1/2 and back, at a few units in the last place of
+    its largest entry. Shift and scale are constants to a derivative: it does not depend on them.
+
+    Args:
+        gate, w: (B, T, C, *S).
+        first: (B, C, *S).
+
+    Returns:
+        d (B, T, C, *S) and the last d.
+    """
+    scale = first.detach().abs().unsqueeze(1)
+    if w.shape[1] > 0:
+        scale = torch.maximum(scale, w.detach().abs().amax(1, keepdim=True))
+    scale = torch.where(scale == 0, 1.0, scale)
+    packed = torch.cat((gate, w / scale + 1.5), 2)
+    d, d_n = torch.ops.convrnn.mingru(packed, first / scale.squeeze(1) + 2)
+    return (d - 2) * scale, (d_n - 2) * scale.squeeze(1)
+
+
+def _jvp(
+    inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """dh_t = (1 - z_t) . dh_{t-1} + z_t . [(1 - z_t) . dgate_t . (g_t - h_{t-1}) + g'(hidden_t) . dhidden_t]."""
+    gate_hidden, h0 = inputs
+    out, (dgate_hidden, dh0) = outputs[0], tangents
+    assert out is not None
+    dtype = layout.state_dtype(gate_hidden)
+    gate, hidden = gate_hidden.to(dtype).chunk(2, dim=2)
+    start = torch.full_like(gate[:, :1], 0.5) if h0 is None else h0.to(dtype).unsqueeze(1)
+    if gate.shape[1] == 0:
+        start = torch.full_like(out.new_empty((out.shape[0], 1, *out.shape[2:])), 0.5, dtype=dtype)
+    first = torch.zeros_like(start[:, 0]) if dh0 is None else dh0.to(dtype)
+    if dgate_hidden is None:
+        w = torch.zeros_like(gate)
+    else:
+        dgate, dhidden = dgate_hidden.to(dtype).chunk(2, dim=2)
+        small = torch.sigmoid(hidden)
+        g = torch.where(hidden >= 0, hidden + 0.5, small)
+        slope = torch.where(hidden >= 0, 1.0, small * (1 - small))
+        h_prev = torch.cat((start, out.to(dtype)), 1)[:, : gate.shape[1]]
+        w = torch.sigmoid(-gate) * dgate * (g - h_prev) + slope * dhidden
+    dh, dh_n = affine_scan(gate, w, first)
+    return dh.to(gate_hidden.dtype), dh_n.to(gate_hidden.dtype if h0 is None else h0.dtype)
+
+
+def _forward_and_jvp(
+    primals: Sequence[Tensor | None], directions: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    return _jvp(primals, torch.ops.convrnn.mingru(*primals), directions)
+
+
 register_triton("mingru", _triton)
 register_triton("mingru_backward", _triton_backward)
-torch.library.register_autograd("convrnn::mingru", _backward, setup_context=_setup_context)
-register_once_differentiable("mingru_backward")
+register("mingru", Formulas(_setup_context, _backward, _jvp, fold("mingru")))
+register_backward_op("mingru_backward", Forward(_forward_and_jvp, (0, 1), (2, 3)), fold("mingru_backward"))

@@ -79,7 +79,7 @@ class Backward {
         has_dout_(operands.dout.has_value()),
         kept_(recompute_ ? nullptr : const_cast<T*>(data<T>(gates))),  // not written: it is kept
         dh_(p.batch * plane()) {
-    constexpr int64_t kChunk = 4 << 20;  // bytes of the frames of a chunk of steps
+    constexpr int64_t kChunk = 2 << 20;  // bytes of the frames of a chunk of steps
     step_size_ = padded(p.frame.pixels() * (5 * p.pitch + p.inputs));
     chunk_ = chunk_of(kChunk, p.batch * step_size_ * sizeof(A), p.steps);
     const auto want = [&](const std::optional<Tensor>& weight, const Size& kernel, const Channels& in,
@@ -135,7 +135,7 @@ class Backward {
         }
       });
     }
-    for (const auto& target : targets_) {
+    for (auto& target : targets_) {
       const Weights<const T> like = weights<T>(target.weight);
       target.gradient.template write<T>({mutable_data<T>(target.weight), like.n, like.k, like.tap});
     }

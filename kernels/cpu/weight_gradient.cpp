@@ -41,9 +41,12 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
     units_ = shape.kernel.depth * shape.kernel.height * static_cast<int64_t>(panels_.size());
     size_ = shape.kernel.pixels() * lanes * columns_;
   }
-  constexpr int64_t kTasks = 16, kBytes = 16 << 20;  // wanted, and what the groups' sums may take
-  const int64_t most = std::max<int64_t>(1, kBytes / (size_ * static_cast<int64_t>(sizeof(A))));
-  groups_ = std::min({(kTasks + units_ - 1) / units_, most, frames});
+  // Groups of frames: as many as make kTasks tasks, while their sums take no more than kBytes and every group gets kDepth tiles
+  // at once: with fewer, reading and writing the sums costs as much as making them.
+  constexpr int64_t kTasks = 16, kBytes = 16 << 20, kDepth = 128;
+  const int64_t most = kBytes / (size_ * static_cast<int64_t>(sizeof(A)));
+  const int64_t deep = frames * (shape.frame.size.pixels() + 3) / 4 / kDepth;
+  groups_ = std::max<int64_t>(1, std::min({(kTasks + units_ - 1) / units_, most, deep, frames}));
   sums_ = Buffer<A>(groups_ * size_);
   std::fill_n(sums_.data(), groups_ * size_, A(0));
 }
@@ -136,9 +139,28 @@ const A* WeightGradient<A>::sums_at(int64_t k, int64_t column, int64_t& plane) c
   return sums_.data() + k * columns_ + column;
 }
 
+// The sums of all groups, in the place of the first one's: along memory, where walking it by weights would miss the TLB.
+template <class A>
+void WeightGradient<A>::add_groups() {
+  constexpr int64_t kPiece = 4096;
+  torch::stable::parallel_for(0, groups_ > 1 ? (size_ + kPiece - 1) / kPiece : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      A* total = sums_.data() + piece * kPiece;
+      const int64_t n = std::min(kPiece, size_ - piece * kPiece);
+      for (int64_t group = 1; group < groups_; ++group) {
+        const A* sums = total + group * size_;
+        for (int64_t i = 0; i < n; ++i) {
+          total[i] += sums[i];
+        }
+      }
+    }
+  });
+}
+
 template <class A>
 template <class T>
-void WeightGradient<A>::write(const Weights<T>& weights) const {
+void WeightGradient<A>::write(const Weights<T>& weights) {
+  add_groups();
   const int64_t taps = shape_.kernel.pixels(), planes = winograd_ ? kProducts : taps;
   torch::stable::parallel_for(0, shape_.in.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> total(planes * kColumns), block(taps * kColumns);
@@ -146,11 +168,8 @@ void WeightGradient<A>::write(const Weights<T>& weights) const {
       for (int64_t column = 0; column < columns_; column += kColumns) {
         int64_t plane = 0;
         const A* sums = sums_at(k, column, plane);
-        std::fill(total.begin(), total.end(), A(0));
-        for (int64_t group = 0; group < groups_; ++group) {
-          for (int64_t i = 0; i < planes * kColumns; ++i) {
-            total[i] += sums[group * size_ + i / kColumns * plane + i % kColumns];
-          }
+        for (int64_t i = 0; i < planes; ++i) {
+          std::copy_n(sums + i * plane, kColumns, &total[i * kColumns]);
         }
         if (winograd_) {
           run<winograd::WeightGradient<A>>(total.data(), kColumns, block.data(), kColumns);
@@ -186,10 +205,10 @@ void add_pixels(const Frame& frame, const A* lanes, int64_t pitch, double* sums)
 
 template void add_pixels(const Frame&, const float*, int64_t, double*);
 template void add_pixels(const Frame&, const double*, int64_t, double*);
-template void WeightGradient<float>::write(const Weights<float>&) const;
-template void WeightGradient<float>::write(const Weights<c10::BFloat16>&) const;
-template void WeightGradient<float>::write(const Weights<c10::Half>&) const;
-template void WeightGradient<double>::write(const Weights<double>&) const;
+template void WeightGradient<float>::write(const Weights<float>&);
+template void WeightGradient<float>::write(const Weights<c10::BFloat16>&);
+template void WeightGradient<float>::write(const Weights<c10::Half>&);
+template void WeightGradient<double>::write(const Weights<double>&);
 template class WeightGradient<float>;
 template class WeightGradient<double>;
 

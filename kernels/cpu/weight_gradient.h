@@ -24,9 +24,10 @@ class WeightGradient {
 
   // Writes the sums as weights of any dtype.
   template <class T>
-  void write(const Weights<T>& weights) const;
+  void write(const Weights<T>& weights);
 
  private:
+  void add_groups();
   void direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums) const;
   void winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
                 A* scratch) const;

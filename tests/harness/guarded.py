@@ -1,7 +1,8 @@
 """Run Triton kernels in the interpreter and fail on what it would let pass.
 
-    with guarded(seed=0):
+    with guarded(seed=0) as traffic:
         h, h_n = mingru_fwd(gate_hidden)
+    assert traffic[0].loaded == gate_hidden.nbytes
 
 Needs a process that set ``TRITON_INTERPRET=1`` before Triton was imported. Inside the context
 
@@ -9,10 +10,12 @@ Needs a process that set ``TRITON_INTERPRET=1`` before Triton was imported. Insi
 * no element is written by two programs or by two lanes of one store, or read by one program and written by another;
 * programs run in an order shuffled by the seed;
 * float32 rounds to bfloat16 to nearest even, as the GPU does (the interpreter truncates);
-* fresh memory (``torch.empty`` and its kin) holds NaN.
+* fresh memory (``torch.empty`` and its kin) holds NaN;
+* the bytes that each launch moves and the arithmetic it does are counted.
 """
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Iterator
 from unittest import mock
@@ -29,6 +32,26 @@ class KernelFault(Exception):
     """A kernel did what the interpreter permits and a GPU does not."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one launch moved and computed, masked lanes of accesses left out."""
+
+    kernel: str
+    loaded: int  # bytes
+    stored: int  # bytes
+    distinct_loaded: int  # bytes, each address once
+    distinct_stored: int  # bytes, each address once
+    flop: int  # floating-point operations and functions, each counted as one, masked lanes included
+
+
+# Every operation on floating-point numbers that is arithmetic; comparisons, selections, signs and conversions are not.
+_ARITHMETIC = {
+    name: 1 for name in ("fadd", "fsub", "fmul", "fdiv", "precise_divf", "frem", "exp", "exp2", "log", "log2")
+}
+_ARITHMETIC |= {name: 1 for name in ("sqrt", "precise_sqrt", "rsqrt", "sin", "cos", "erf")} | {"fma": 2}
+_ARITHMETIC |= {name: 1 for name in ("maximumf", "maxnumf", "minimumf", "minnumf", "clampf")}
+
+
 class _Launch:
     """The accesses of one launch: which addresses exist, and which program read and wrote which."""
 
@@ -37,6 +60,8 @@ class _Launch:
         self.elements: dict[int, np.ndarray] = {}  # itemsize -> sorted addresses of all elements
         self.reads: list[tuple[np.ndarray, int]] = []
         self.writes: list[tuple[np.ndarray, int]] = []
+        self.itemsizes: dict[str, list[int]] = {"load": [], "store": []}  # of each access, in order
+        self.flop = 0
 
     def pass_tensors(self, tensors: list[Tensor]) -> None:
         for itemsize in {x.element_size() for x in tensors}:
@@ -54,6 +79,20 @@ class _Launch:
         if kind == "store" and len(np.unique(touched)) != len(touched):
             raise KernelFault(f"{self.kernel}, program {program}: two lanes of one store write the same element")
         (self.writes if kind == "store" else self.reads).append((touched, program))
+        self.itemsizes[kind].append(itemsize)
+
+    def traffic(self) -> Traffic:
+        counts = {}
+        for kind, accesses in (("load", self.reads), ("store", self.writes)):
+            sizes = self.itemsizes[kind]
+            total = sum(len(touched) * size for (touched, _), size in zip(accesses, sizes, strict=True))
+            distinct = 0
+            for itemsize in set(sizes):
+                alike = [touched for (touched, _), size in zip(accesses, sizes, strict=True) if size == itemsize]
+                distinct += itemsize * len(np.unique(np.concatenate(alike)))
+            counts[kind] = total, distinct
+        (loaded, distinct_loaded), (stored, distinct_stored) = counts["load"], counts["store"]
+        return Traffic(self.kernel, loaded, stored, distinct_loaded, distinct_stored, self.flop)
 
     def check_races(self) -> None:
         written, writer = _by_address(self.writes)
@@ -94,14 +133,16 @@ def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def guarded(seed: int = 0) -> Iterator[None]:
-    """See the module's text; raises KernelFault from the launch that is at fault."""
+def guarded(seed: int = 0) -> Iterator[list[Traffic]]:
+    """See the module's text; raises KernelFault from the launch that is at fault. The list receives what each launch
+    moved, in order."""
     builder, executor = InterpreterBuilder, GridExecutor
     call, pass_args, cast = executor.__call__, executor._init_args_hst, builder.cast_impl
     load, store = builder.create_masked_load, builder.create_masked_store
     set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
     shuffle = random.Random(seed)
     launch = _Launch("")
+    launches: list[Traffic] = []
     order: list[int] = []
 
     def guarded_call(self, *args, **kwargs):
@@ -116,6 +157,7 @@ def guarded(seed: int = 0) -> Iterator[None]:
                 cause = cause.__cause__
             raise (cause if isinstance(cause, KernelFault) else error) from None
         launch.check_races()
+        launches.append(launch.traffic())
 
     def guarded_args(self, args, kwargs):
         args, kwargs = pass_args(self, args, kwargs)
@@ -150,6 +192,16 @@ def guarded(seed: int = 0) -> Iterator[None]:
             return TensorHandle(_round_to_bfloat16(value.data), tl.bfloat16)
         return cast(self, value, dtype)
 
+    def counted(name: str, flop: int):
+        compute = getattr(builder, name)
+
+        def count(self, *args):
+            result = compute(self, *args)
+            launch.flop += flop * result.data.size
+            return result
+
+        return count
+
     patches = {
         executor: {"__call__": guarded_call, "_init_args_hst": guarded_args},
         builder: {
@@ -160,6 +212,7 @@ def guarded(seed: int = 0) -> Iterator[None]:
             "create_atomic_cas": refused_atomic,
             "create_atomic_rmw": refused_atomic,
             "cast_impl": rounding_cast,
+            **{f"create_{name}": counted(f"create_{name}", flop) for name, flop in _ARITHMETIC.items()},
         },
     }
     with contextlib.ExitStack() as stack:
@@ -167,7 +220,7 @@ def guarded(seed: int = 0) -> Iterator[None]:
             for name, member in members.items():
                 stack.enter_context(mock.patch.object(owner, name, member))
         stack.enter_context(_nan_in_fresh_memory())
-        yield
+        yield launches
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Inputs of launchers in every layout, and the comparison of what comes back with float64."""
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,14 @@ def assert_grads(
             assert gradient.shape == (0,)
         else:
             assert_close(gradient, next(expected), epsilons, dtype)
+
+
+def spread_out(x: Tensor, *strides: int) -> Tensor:
+    """The values of ``x``, its first dimensions as many elements apart as said, however many: memory is reserved, and
+    only the pages that hold an element exist."""
+    assert len(strides) <= x.dim()
+    strides = (*strides, *x.stride()[len(strides) :])
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # a name since Python 3.11
+    memory = torch.frombuffer(mmap.mmap(-1, extent * x.element_size(), flags=flags), dtype=x.dtype)
+    return memory.as_strided(x.shape, strides).copy_(x)

@@ -1,0 +1,92 @@
+"""The tangent of gru_rcn, from which :mod:`._autograd` makes all its derivatives but the first in reverse mode."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.layout import state_dtype
+
+
+def odd(weight: Tensor) -> Tensor:
+    """The same convolution with odd kernel sizes: 'same' padding puts the odd one of an even kernel's zeros last."""
+    pad: list[int] = []
+    for dim in range(weight.dim() - 1, 1, -1):
+        pad += [1 - weight.shape[dim] % 2, 0]
+    return F.pad(weight, pad) if sum(pad) > 0 else weight
+
+
+def _no_autocast(x: Any) -> contextlib.AbstractContextManager[Any]:
+    """Derivatives keep the dtypes of the forward."""
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _convolve(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """'Same' convolution of (B, channels, *S)."""
+    weight = odd(weight)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    return conv(frames, weight, bias, padding=[size // 2 for size in weight.shape[2:]])
+
+
+def _convolve_all(frames: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for all steps of (B, T, channels, *S) at once."""
+    return _convolve(frames.flatten(0, 1), weight, bias).unflatten(0, frames.shape[:2])
+
+
+def jvp(
+    inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The tangent of the recurrence: what does not wait for the state's tangent is computed for all steps at once."""
+    x, h0 = inputs[:2]
+    dtype = state_dtype(x)
+    with _no_autocast(x):
+        out, states_dtype = outputs[0], x.dtype if h0 is None else h0.dtype
+        assert out is not None
+        dx, dh0, dW, dU, dC, dbias = (None if t is None else t.to(dtype) for t in tangents[:6])
+        dh = torch.zeros_like(out.new_empty((out.shape[0], *out.shape[2:]), dtype=dtype)) if dh0 is None else dh0
+        if out.numel() == 0:
+            return torch.zeros_like(out), dh.to(states_dtype), None
+        x, W, U, C = (i.to(dtype) for i in (x, *inputs[2:5]))
+        bias = None if inputs[5] is None else inputs[5].to(dtype)
+        features = C.shape[0]
+        first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1)
+        h = torch.cat((first.to(dtype), out[:, :-1].to(dtype)), 1)  # before each step
+        xp = _convolve_all(x, W, bias)
+        zr = torch.sigmoid(xp[:, :, : 2 * features] + _convolve_all(h, U))
+        z, r = zr.chunk(2, dim=2)
+        c = torch.tanh(xp[:, :, 2 * features :] + _convolve_all(r * h, C))
+
+        da = torch.zeros_like(xp)  # of the pre-activations
+        if dx is not None:
+            da = da + _convolve_all(dx, W)
+        if dW is not None:
+            da = da + _convolve_all(x, dW)
+        if dbias is not None:
+            da = da + dbias.view(-1, *[1] * (x.dim() - 3))
+        da_zr, da_c = da[:, :, : 2 * features], da[:, :, 2 * features :]
+        if dU is not None:
+            da_zr = da_zr + _convolve_all(h, dU)
+        if dC is not None:
+            da_c = da_c + _convolve_all(r * h, dC)
+
+        steps = (t.unbind(1) for t in (da_zr, da_c, zr * (1 - zr), z, r, c - h, z * (1 - c * c), h))
+        dout = []
+        for t, (da_zr_t, da_c_t, slope_zr, z_t, r_t, toward, slope_c, h_t) in enumerate(zip(*steps, strict=True)):
+            still = t == 0 and dh0 is None  # the state has no tangent yet
+            dz, dr = (slope_zr * (da_zr_t if still else da_zr_t + _convolve(dh, U))).chunk(2, dim=1)
+            dc = slope_c * (da_c_t + _convolve(dr * h_t + r_t * dh, C))
+            dh = (1 - z_t) * dh + toward * dz + dc
+            dout.append(dh)
+        return torch.stack(dout, 1).to(out.dtype), dh.to(states_dtype), None
+
+
+def forward_and_jvp(primals: Sequence[Tensor | None], directions: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    with _no_autocast(primals[0]):
+        outputs = torch.ops.convrnn.gru_rcn(*primals)
+    return jvp(primals, outputs, directions)

@@ -1,0 +1,115 @@
+"""The report on the Triton launches: it runs without a GPU, says what it needs, and the committed one is not out of date."""
+
+import dataclasses
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from bench import kernel_report, kernels
+from bench.compiled import Launch
+from bench.kernel_report import DEVICES, DTYPES, OURS, RESULTS
+
+COMMITTED = json.loads((RESULTS / "kernels.json").read_text())
+
+
+def test_report_needs_triton_and_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("CONVRNN_BACKEND", "triton")
+    assert kernel_report.main([]) == 2
+    assert "unset CONVRNN_BACKEND" in capsys.readouterr().err
+    monkeypatch.setattr(kernel_report, "find_spec", lambda name: None)
+    assert kernel_report.main([]) == 2
+    assert "needs Triton: pip install triton" in capsys.readouterr().err
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_report_of_some_launchers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Also a kernel that nobody declared: it is shown, and nothing is claimed of its bytes."""
+    undeclared = dataclasses.replace(kernels.OPS["gru_update_fwd"], kernels={})
+    chosen = {"mingru_fwd": kernels.OPS["mingru_fwd"], "gru_update_fwd": undeclared}
+    monkeypatch.setattr(kernels, "OPS", chosen)
+    monkeypatch.setattr(kernel_report, "DTYPES", (torch.float32,))
+    assert kernel_report.main(["--output", str(tmp_path / "kernels.json")]) == 0
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert [(row["launcher"], row["arch"]) for row in found["code"]] == [
+        (launcher, arch) for launcher in chosen for arch in (80, 90, 100)
+    ]
+    first, *_, last = found["code"]
+    assert (first["bytes_per_element"], first["flop_per_element"], last["bytes_per_element"]) == (12, 10, None)
+    assert found["floors"][-1]["floor_us"] == {} and found["floors"][-1]["kernels"] == {"gru_update_fwd_kernel": 1}
+    assert [row["form"] for row in found["moved"]] == [OURS, "plain PyTorch", "log space", "plain PyTorch"]
+    assert (tmp_path / "kernel-floors.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "gru_update_fwd_kernel" in printed and "undeclared" in printed and "FLOORS, not measurements" in printed
+
+
+def test_committed_report_covers_every_launcher() -> None:
+    wanted = {
+        (launcher, kernel, str(dtype).removeprefix("torch."), arch)
+        for launcher, op in kernels.OPS.items()
+        for kernel in op.kernels
+        for dtype in DTYPES
+        for arch in (80, 90, 100)
+    }
+    assert wanted == {(row["launcher"], row["kernel"], row["dtype"], row["arch"]) for row in COMMITTED["code"]}
+    assert COMMITTED["bandwidth_gb_s"] == {name: rates[0] for name, rates in DEVICES.items()}
+
+
+@pytest.mark.parametrize(
+    "floor", COMMITTED["floors"], ids=lambda row: f"{row['launcher']}-{row['dtype']}-{row['shape']}"
+)
+def test_committed_floors_follow_from_the_declared_bytes(floor: dict) -> None:
+    op, shape = kernels.OPS[floor["launcher"]], tuple(floor["shape"])
+    read, written, flop = op.work(shape, getattr(torch, floor["dtype"]), Counter(floor["kernels"]))
+    assert (floor["kernel_bytes"], floor["flop"]) == (read + written, flop)
+    for name, (bandwidth, *_) in DEVICES.items():
+        assert floor["floor_us"][name] == pytest.approx((read + written + floor["other_bytes"]) / bandwidth / 1e3)
+
+
+def test_tables_are_as_wide_as_they_say() -> None:
+    rows = {
+        name: [
+            row_type(**{**row, **({"shape": tuple(row["shape"])} if "shape" in row else {})}) for row in COMMITTED[name]
+        ]
+        for name, row_type in (
+            ("code", kernel_report.Code),
+            ("floors", kernel_report.Floor),
+            ("moved", kernel_report.Moved),
+        )
+    }
+    console = Console(width=176, record=True, file=io.StringIO())
+    kernel_report.show(rows["code"], rows["floors"], rows["moved"], console)
+    assert all(code.kernel in console.export_text(clear=False) for code in rows["code"])
+    assert "…" not in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, arch, programs",
+    (
+        (32, 0, 4, 90, 16),  # 64 warps
+        (40, 0, 4, 90, 12),  # 65,536 / (40 x 32 x 4)
+        (33, 0, 4, 90, 12),  # registers come in eights
+        (255, 0, 4, 90, 2),
+        (32, 20 << 10, 4, 80, 7),  # 164 KB / 21 KB
+        (32, 20 << 10, 4, 100, 10),  # 228 KB / 21 KB
+        (32, 0, 1, 90, 32),  # the hardware's limit
+    ),
+)
+def test_occupancy(registers: int, shared: int, warps: int, arch: int, programs: int) -> None:
+    counts = {"stack": 0, "local": 0, "spills": 0, "barriers": 0}
+    launch = Launch(
+        "kernel", arch, (1,), warps, registers, shared=shared, loads=Counter(), stores=Counter(), asm={}, **counts
+    )
+    assert launch.programs_per_sm == programs and launch.occupancy == programs * warps / 64

@@ -1,0 +1,231 @@
+"""What PyTorch code does with modules and ops around the call: hooks, checkpoints, copies, counting, pruning, refusing."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils import checkpoint as checkpointing
+from torch.utils.flop_counter import FlopCounterMode
+
+import convrnn
+from convrnn import reference
+
+from .differentiable import CASES, loss
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+OPS = ["mingru-h0", "log_scan", "gru_gates", "gru_update", "gru_rcn-h0-bias", "gru_rcn-recompute"]
+MODULES = {
+    "GRU_RCN": (lambda **kw: convrnn.GRU_RCN(2, 3, 3, bias=True, **kw), (2, 3, 2, 4, 3)),
+    "GRU_RCN-recompute": (lambda **kw: convrnn.GRU_RCN(2, 3, 3, recompute=True, **kw), (2, 3, 2, 4, 3)),
+    "MinGRU": (lambda **kw: convrnn.MinGRU(2, [3, 2], norm=True, residual=True, **kw), (2, 4, 2)),
+    "MinConv2dGRU": (lambda **kw: convrnn.MinConv2dGRU(2, [3, 2], 3, paddings=1, **kw), (2, 3, 2, 4, 3)),
+    "Bidirectional": (lambda **kw: convrnn.Bidirectional(convrnn.MinGRU(2, 3, **kw)), (2, 3, 2)),
+}
+
+
+def make(name, device):
+    build, shape = MODULES[name]
+    return build(device=device), torch.randn(shape, device=device)
+
+
+def gradients_of(f, inputs):
+    """First gradients, and the gradients of a penalty on them."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(loss(f(*leaves)), leaves, create_graph=True)
+    return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_saved_tensor_hooks(name, device):
+    """Hooks see every tensor that is kept, and may move it."""
+    case, inputs = CASES[name], CASES[name].inputs(device)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.shape) or x, lambda x: x):
+        assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
+    assert seen
+    with torch.autograd.graph.save_on_cpu(pin_memory=device == "cuda"):
+        assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", OPS)
+def test_checkpoint(name, device):
+    case, inputs = CASES[name], CASES[name].inputs(device)
+    expected = gradients_of(case.ours, inputs)
+    assert_same(gradients_of(lambda *a: checkpointing.checkpoint(case.ours, *a, use_reentrant=False), inputs), expected)
+    # the reentrant kind knows no torch.autograd.grad: .backward(), first order
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss(checkpointing.checkpoint(case.ours, *leaves, use_reentrant=True)).backward()
+    assert_same([x.grad for x in leaves], expected[: len(leaves)])
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
+@pytest.mark.parametrize("name", OPS)
+def test_anomaly_mode(name, device):
+    case, inputs = CASES[name], CASES[name].inputs(device)
+    with torch.autograd.detect_anomaly():
+        assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
+        outputs = case.ours(*((x * float("nan")).requires_grad_() for x in inputs))
+        with pytest.raises(RuntimeError, match=f"'convrnn_{name.split('-')[0]}Backward' returned nan values"):
+            outputs[0].sum().backward()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", OPS)
+def test_deterministic_algorithms(name, device):
+    if device == "cuda":
+        pytest.skip("a CUDA process must set CUBLAS_WORKSPACE_CONFIG before its first call")
+    case, inputs = CASES[name], CASES[name].inputs(device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # also fills new memory with NaN
+    try:
+        assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_hooks_of_modules_and_tensors(name, device):
+    module, x = make(name, device)
+    x.requires_grad_()
+    expected = torch.autograd.grad(module(x)[0].square().sum(), [x, *module.parameters()])
+    seen = []
+    module.register_full_backward_pre_hook(lambda m, grad_output: seen.append("before"))
+    module.register_full_backward_hook(lambda m, grad_input, grad_output: seen.append(grad_input[0].shape))
+    module.register_forward_hook(lambda m, args, output: seen.append("forward"))
+    first = next(module.parameters())
+    first.register_hook(lambda g: 2 * g)
+    out = module(x)[0]
+    out.register_hook(lambda g: 3 * g)
+    found = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+    assert seen == ["forward", "before", x.shape]
+    for parameter, a, b in zip([x, *module.parameters()], found, expected, strict=True):
+        torch.testing.assert_close(a, b * (6 if parameter is first else 3))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_copies_pickles_and_meta(name, device):
+    module, x = make(name, device)
+    expected = module(x)[0]
+    memory = io.BytesIO()
+    torch.save(module, memory)
+    memory.seek(0)
+    loaded = torch.load(memory, weights_only=False)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert torch.equal(other(x)[0], expected)
+        assert all(a is not b for a, b in zip(other.parameters(), module.parameters(), strict=True))
+    empty = MODULES[name][0](device="meta")
+    assert empty(x.to("meta"))[0].shape == expected.shape and all(p.is_meta for p in empty.parameters())
+    real = empty.to_empty(device=device)
+    real.load_state_dict(module.state_dict())
+    assert torch.equal(real(x)[0], expected)
+    assigned = MODULES[name][0](device="meta")
+    assigned.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(assigned(x)[0], expected)
+
+
+@pytest.mark.parametrize("weight", ["W", "U", "C"])
+def test_parametrizations_and_pruning(weight, device):
+    module, x = make("GRU_RCN", device)
+    expected = module(x)[0]
+    rest = [module.W, module.U, module.C, module.bias]
+
+    normed = nn.utils.parametrizations.weight_norm(copy.deepcopy(module), weight)
+    torch.testing.assert_close(normed(x)[0], expected)
+    normed(x)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in normed.parameters())
+    nn.utils.parametrize.remove_parametrizations(normed, weight)
+    torch.testing.assert_close(normed(x)[0], expected)
+
+    spectral = nn.utils.parametrizations.spectral_norm(copy.deepcopy(module), weight)
+    spectral(x)[0].sum().backward()
+    assert all(p.grad is not None for p in spectral.parameters())
+
+    pruned = prune.l1_unstructured(copy.deepcopy(module), weight, amount=0.5)
+    index = ["W", "U", "C"].index(weight)
+    masked = [w if i != index else w * getattr(pruned, f"{weight}_mask") for i, w in enumerate(rest)]
+    torch.testing.assert_close(pruned(x)[0], convrnn.gru_rcn(x, None, *masked)[0])
+    pruned(x)[0].sum().backward()
+    gradient = getattr(pruned, f"{weight}_orig").grad
+    assert not gradient[getattr(pruned, f"{weight}_mask") == 0].any() and gradient.any()
+
+
+@pytest.mark.parametrize("h0", [False, True], ids=["no_h0", "h0"])
+def test_flop_counter(h0, device):
+    """The convolutions as the loop over frames counts them; a zero state needs none."""
+    x, _, W, U, C, bias = CASES["gru_rcn-h0-bias"].inputs(device, torch.float32)
+    W, U, C = (w[..., :1, :1].contiguous() for w in (W, U, C))
+    state = torch.randn(1, 2, 2, 3, device=device) if h0 else None
+    inputs = [x, state, W, U, C, bias]
+
+    def count(f, wanted, **options):
+        leaves = [i if i is None else i.detach().requires_grad_(at in wanted) for at, i in enumerate(inputs)]
+        with FlopCounterMode(display=False) as forward:
+            out = f(*leaves, **options)[0]
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    steps = x.shape[1]
+    w, u, c = (2 * x.shape[0] * x[0, 0, 0].numel() * weight.numel() for weight in (W, U, C))
+    recurrent = steps if h0 else steps - 1
+    forward = steps * w + recurrent * (u + c)
+    everything = 2 * forward  # once for the data and once for the weights
+    assert count(convrnn.gru_rcn, range(6)) == (forward, everything)
+    assert count(convrnn.gru_rcn, range(6), recompute=True) == (forward, everything + forward)
+    assert count(convrnn.gru_rcn, [5]) == (forward, (steps - 1) * u + recurrent * c)
+    assert count(convrnn.gru_rcn, [0, 3]) == (forward, steps * w + (steps - 1) * u + recurrent * (u + c))
+    if h0:
+        assert count(reference.gru_rcn, range(6)) == (forward, everything)
+    module, frames = make("GRU_RCN", device)
+    with FlopCounterMode(display=False) as counter:
+        module(frames)
+    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.convrnn.gru_rcn]
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused(layout, device):
+    rows = [torch.randn(3, 4, device=device), torch.randn(2, 4, device=device)]
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    dense = torch.randn(2, 3, 4, device=device)
+    with pytest.raises(TypeError, match="gate_hidden must be a dense"):
+        convrnn.mingru(nested)
+    with pytest.raises(TypeError, match="h0 must be a dense"):
+        convrnn.mingru(dense, nested)
+    with pytest.raises(TypeError, match="log_a must be a dense"):
+        convrnn.parallel_scan_log(nested, dense)
+    with pytest.raises(TypeError, match="x must be a dense"):
+        convrnn.gru_rcn(nested, None, dense, dense, dense)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_tensors_are_refused(device):
+    dense = torch.randn(2, 3, 4, device=device)
+    for sparse in (dense.to_sparse(), dense[0].to_sparse_csr()):
+        with pytest.raises(TypeError, match="gate_hidden must be a dense"):
+            convrnn.mingru(sparse)
+
+
+class Labelled(torch.Tensor):
+    """A subclass without rules of its own."""
+
+
+def test_plain_subclasses_pass(device):
+    """nn.Parameter is one, and so are frameworks' tagged tensors: they work, and stay what they are."""
+    x = torch.randn(2, 3, 4, device=device)
+    h, _ = convrnn.mingru(x.as_subclass(Labelled))
+    assert isinstance(h, Labelled) and torch.equal(h.as_subclass(torch.Tensor), convrnn.mingru(x)[0])
+    h, _ = convrnn.mingru(nn.Parameter(x))
+    assert type(h) is torch.Tensor

@@ -1,0 +1,96 @@
+"""What bench/kernels.py declares of the Triton kernels' bytes and FLOP is what the interpreter counts, exactly."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from bench.kernels import OPS, Eager, Shape, eager
+
+from .harness.guarded import guarded
+
+# Whole programs in every dtype, because FLOP of masked lanes count, and steps that no number loaded ahead divides.
+EXTENTS = {3: (2, 9, 1024), 4: (2, 64, 4, 8), 6: (2, 3, 2, 32, 4, 8)}
+
+
+def small(name: str, steps: int | None = None) -> Shape:
+    batch, second, *rest = EXTENTS[6 if name.startswith("gru_rcn") else 4 if name.startswith("gru") else 3]
+    return (batch, second if steps is None else steps, *rest)
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN everywhere
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_declared_traffic_is_what_the_interpreter_counts(name: str, dtype: torch.dtype) -> None:
+    op, shape = OPS[name], small(name)
+    with guarded() as launches:
+        op.run(shape, dtype, "cpu")
+    undeclared = {launch.kernel for launch in launches} - op.kernels.keys()
+    assert not undeclared, f"bench/kernels.py does not say what {name} moves in these kernels"
+    assert {launch.kernel for launch in launches} == op.kernels.keys()
+    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
+    assert counted == op.work(shape, dtype, Counter(launch.kernel for launch in launches))
+    # No element is moved twice by one launch.
+    assert all((x.loaded, x.stored) == (x.distinct_loaded, x.distinct_stored) for x in launches)
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("steps", (1, 2, 4, 5))
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith(("gru_gates", "gru_update"))])
+def test_traffic_of_a_step_does_not_depend_on_how_many_are_loaded_ahead(name: str, steps: int) -> None:
+    op, shape = OPS[name], small(name, steps)
+    with guarded() as launches:
+        op.run(shape, torch.float32, "cpu")
+    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
+    assert counted == op.work(shape, torch.float32, Counter(launch.kernel for launch in launches))
+
+
+@pytest.mark.parametrize(
+    "op, steps, step", (("mingru_fwd", 9, 12), ("mingru_bwd", 9, 24), ("log_scan_fwd", 9, 12), ("log_scan_bwd", 9, 24))
+)
+def test_scans_move_no_more_than_their_inputs_and_outputs(op: str, steps: int, step: int) -> None:
+    """12 and 24 bytes of a float32 lane and step; what each lane needs once, h0 and its like, fades with T."""
+    shape = small(op, steps)
+    lanes, _ = OPS[op].extent(shape)
+    kernel = next(iter(OPS[op].kernels))
+    read, written, _ = OPS[op].work(shape, torch.float32, Counter([kernel]))
+    once = sum(OPS[op].kernels[kernel].once(4, 4))
+    assert read + written == lanes * (steps * step + once) and once <= 12
+
+
+@pytest.mark.parametrize("name", ("gru_rcn_fwd", "gru_rcn_bwd"))
+@pytest.mark.parametrize("dtype, forward", ((torch.float32, 15), (torch.bfloat16, 16)), ids=str)
+def test_gru_rcn_moves_what_its_documentation_says(name: str, dtype: torch.dtype, forward: int) -> None:
+    """In elements of a lane and step, be they of the state or not."""
+    launches = Counter(OPS[name].kernels)
+    lane = [sum(kernel.step(1, 1)) for kernel in OPS[name].kernels.values()]
+    e, s = OPS[name].sizes(dtype)
+    rounds = name == "gru_rcn_fwd" and e < s
+    assert len(launches) == 2 and sum(lane) + rounds == (forward if name == "gru_rcn_fwd" else 18)
+
+
+def test_eager_counts_reads_and_writes_without_views() -> None:
+    x, y = torch.empty(3, 5), torch.empty(1, 5)
+    with Eager() as found:
+        z = x.transpose(0, 1)[1:] + y.expand(3, 5).mT[1:]  # 12 + 4 + 12 elements
+        torch.empty(7).zero_()  # 7
+        z.copy_(x[:, 1:].mT)  # 12 + 12
+    assert (found.bytes, found.ops, found.convolutions) == (4 * (28 + 7 + 24), 3, 0)
+    with Eager() as found:
+        F.conv2d(torch.empty(1, 2, 4, 4), torch.empty(3, 2, 3, 3))
+    assert (found.bytes, found.ops, found.convolutions) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_move_less_than_plain_pytorch(name: str) -> None:
+    op, shape = OPS[name], small(name)
+    steps = op.extent(shape)[1]
+    launches = Counter({kernel: steps if name.startswith("gru_rcn") else 1 for kernel in op.kernels})
+    read, written, _ = op.work(shape, torch.float32, launches)
+    for plain in op.plain.values():
+        assert eager(op, shape, torch.float32, plain).bytes > 1.4 * (read + written)

@@ -1,0 +1,77 @@
+"""Every public launcher at real shapes, on tensors that need no memory: resources of each launch, on NVIDIA and AMD."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from bench.kernels import OPS
+
+from .harness.compiled import AMD, ARCHS, Launch, check, compiling
+
+pytestmark = pytest.mark.compiled
+
+# Registers of a thread at most, on any architecture and in any dtype up to 32 bits; others have check()'s 128.
+REGISTERS = {
+    "mingru_fwd_kernel": 56,
+    "mingru_bwd_kernel": 80,
+    "log_scan_fwd_kernel": 64,
+    "log_scan_bwd_kernel": 64,
+    "gru_gates_fwd_kernel": 40,
+    "gru_gates_bwd_kernel": 56,
+    "gru_update_fwd_kernel": 48,
+    "gru_update_bwd_kernel": 56,
+    "gru_rcn_bwd_candidate_kernel": 64,
+    "gru_rcn_bwd_reset_kernel": 48,
+}
+
+
+def launches_of(name: str, dtype: torch.dtype, arch: int | str) -> Iterator[Launch]:
+    for shape in OPS[name].shapes:
+        with compiling(arch) as launches:
+            OPS[name].run(shape, dtype, "meta")
+        assert launches
+        yield from launches
+
+
+# float16 compiles to what bfloat16 does but for the conversions: once is enough.
+CODES = [(arch, dtype) for dtype in (torch.float32, torch.bfloat16) for arch in ARCHS] + [(90, torch.float16)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("arch, dtype", CODES, ids=str)
+def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
+    # A float32 state beside 16-bit gates: a step exchanges lanes once before it stores, a scan never.
+    barriers = int(name.startswith("gru_rcn") and dtype.itemsize == 2)
+    narrow = name.startswith("log_scan") and dtype.itemsize == 2  # 64 bits of them beside 128 of log x
+    for launch in launches_of(name, dtype, arch):
+        check([launch], aligned=not narrow, barriers=barriers, registers=REGISTERS.get(launch.kernel, 128))
+        assert set(launch.loads + launch.stores) <= ({64, 128} if narrow else {128}), launch.kernel
+        assert launch.occupancy >= 3 / 8 and launch.grid[0] < 2**31, launch.kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_amd(name: str, dtype: torch.dtype) -> None:
+    """It compiles; a wavefront has twice the threads, so a thread has half the vector."""
+    for launch in launches_of(name, dtype, AMD):
+        assert launch.stack == launch.spills == 0, launch.kernel
+        assert not launch.narrow_offsets and not launch.low_precision, launch.kernel
+        assert launch.loads and launch.stores, launch.kernel
+
+
+def test_amd_addresses_large_tensors_with_64_bits() -> None:
+    """Instructions of the buffer kind have 32-bit offsets; Triton takes them for tensors below 2 GB alone."""
+    codes = []
+    for steps in (16, 16 << 12):
+        with compiling(AMD) as launches:
+            OPS["mingru_fwd"].run((4, steps, 64, 56, 56), torch.bfloat16, "meta")
+        codes.append(launches[0].asm["amdgcn"])
+    small, large = (len(re.findall(r"^\s+buffer_(?:load|store)", code, re.MULTILINE)) for code in codes)
+    assert small > 2
+    assert large <= 2  # h0 and h_n, which are small in both

@@ -20,11 +20,13 @@ STEP, STEP_GRAD, SEQUENCE = 4, 16, 64
 
 
 @pytest.mark.parametrize("state", ("same", "float32"))
-@pytest.mark.parametrize("layout", ("contiguous", "chunk", "odd"))
+@pytest.mark.parametrize("layout", ("contiguous", "chunk", "odd", "channels_last", "time_first"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gru_step(dtype: torch.dtype, layout: str, state: str) -> None:
+    """Frames of one step of a sequence: dense where time comes first in memory, else the batch has a stride of its own."""
+
     def frames(channels: int, seed: int, dtype: torch.dtype = dtype) -> Tensor:
-        return arrange(randn(1, 2, channels, 3, 5, dtype=dtype, seed=seed), layout)[0]
+        return arrange(randn(3, 2, channels, 3, 5, dtype=dtype, seed=seed), layout)[:, 1]
 
     xp, hp, xc, hc = frames(14, 1), frames(14, 2), frames(7, 3), frames(7, 4)
     h = frames(7, 5, dtype if state == "same" or dtype == torch.float64 else torch.float32)
@@ -82,22 +84,41 @@ def sequence(dtype: torch.dtype, steps: int, space: tuple[int, ...], with_h0: bo
     return inputs
 
 
-@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
-@pytest.mark.parametrize("space, steps", (((4, 3), 3), ((4, 3), 1), ((6,), 2), ((3, 2, 2), 2)), ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gru_rcn(dtype: torch.dtype, space: tuple[int, ...], steps: int, with_h0: bool) -> None:
-    inputs = sequence(dtype, steps, space, with_h0)
-    x, h0, W, U, C, _ = inputs
-    with guarded():
-        out, h_n, gates = gru_rcn.gru_rcn_fwd(*inputs)
-        dout, dh_n = randn(*out.shape, dtype=dtype, seed=7), randn(*h_n.shape, dtype=dtype, seed=8)
+def check_gru_rcn(inputs: list[Tensor | None], layout: str = "contiguous", seed: int = 0) -> None:
+    """Of everything that enters, the sequences and states have the layout, upstream gradients too."""
+
+    def state(x: Tensor) -> Tensor:
+        return arrange(x[:, None], layout)[:, 0]
+
+    x, h0, W, U, C, bias = inputs
+    dtype, x, h0 = x.dtype, arrange(x, layout), None if h0 is None else state(h0)
+    with guarded(seed):
+        out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, bias)
+        dout = arrange(randn(*out.shape, dtype=dtype, seed=7), layout)
+        dh_n = state(randn(*h_n.shape, dtype=dtype, seed=8))
         actual = gru_rcn.gru_rcn_bwd(dout, dh_n, x, h0, W, U, C, out, gates, [True] * 6)
-    wide = double(*inputs)
+    wide = double(x, h0, W, U, C, bias)
     expected = reference.gru_rcn(*wide)
     assert_close(out, expected[0], SEQUENCE, dtype)
     assert_close(h_n, expected[1], SEQUENCE, dtype)
     assert_grads(actual, expected, (dout, dh_n), wide, SEQUENCE, dtype)
     assert all(x.is_contiguous() for x in (out, h_n, gates, *actual))
+
+
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("space, steps", (((4, 3), 3), ((4, 3), 1), ((6,), 2), ((3, 2, 2), 2)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gru_rcn(dtype: torch.dtype, space: tuple[int, ...], steps: int, with_h0: bool) -> None:
+    check_gru_rcn(sequence(dtype, steps, space, with_h0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("steps", (1, 2, 3))
+@pytest.mark.parametrize("layout", ("chunk", "channels_last", "time_first"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gru_rcn_layouts(dtype: torch.dtype, layout: str, steps: int, with_h0: bool) -> None:
+    check_gru_rcn(sequence(dtype, steps, (4, 3), with_h0), layout, seed=steps)
 
 
 def test_gru_rcn_keeps_a_float32_state() -> None:

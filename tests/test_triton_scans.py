@@ -17,7 +17,7 @@ from .harness.inputs import DTYPES, arrange, assert_close, assert_grads, double,
 pytestmark = pytest.mark.interpreted
 
 LAYOUTS = ("contiguous", "chunk", "channels_last", "time_first", "expanded", "odd")
-STEPS = (1, 2, 3, 4, 5, 7)  # around the 4 steps that forward loads ahead, and the 2 of backward
+STEPS = (1, 2, 3, 4, 5, 6, 7)  # around the 4 steps that forward loads ahead, and the 2 of backward
 CHUNK = 6  # no multiple of 4
 CHUNKED_STEPS = (2, 5, 6, 7, 13)  # around a chunk and two of them
 
@@ -54,6 +54,16 @@ def check_mingru(gate_hidden: Tensor, h0: Tensor | None, seed: int = 0) -> None:
 def test_mingru_layouts(layout: str, steps: int, with_h0: bool) -> None:
     gate_hidden = arrange(randn(2, steps, 10, 3, 2, dtype=torch.float32, seed=1), layout)
     check_mingru(gate_hidden, randn(2, 5, 3, 2, dtype=torch.float32, seed=2) if with_h0 else None, seed=steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("layout", ("contiguous", "chunk", "channels_last", "time_first"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_mingru_layouts_of_16_bits(dtype: torch.dtype, layout: str, steps: int, with_h0: bool) -> None:
+    gate_hidden = arrange(randn(2, steps, 14, 3, 3, dtype=dtype, seed=1), layout)
+    check_mingru(gate_hidden, randn(2, 7, 3, 3, dtype=torch.float32, seed=2) if with_h0 else None, seed=steps)
 
 
 @pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))

@@ -175,10 +175,8 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
         terms: list[Sequence[Maybe]] = []
         if any(x is not None for x in dv):
             replaced = list(inputs)
-            for i, tangent in zip(forward.cotangents, dv, strict=True):
-                replaced[i] = tangent if tangent is None or inputs[i] is not None else None
-                if tangent is None and inputs[i] is not None:
-                    replaced[i] = torch.zeros_like(inputs[i])
+            for i, tangent in zip(forward.cotangents, zeros_if_none(dv, v), strict=True):
+                replaced[i] = tangent
             terms.append(op(*replaced))
         if any(x is not None for x in dp) and any(x is not None for x in v):
             wanted = [x is not None and y is not None and x.shape == y.shape for x, y in zip(p, outputs, strict=True)]
@@ -206,8 +204,8 @@ def second_order(
 
     Entries of J(p) u are None where v is.
     """
-    moving = [i for i, p in enumerate(primals) if p is not None and wanted[i]]
-    used = [i for i, v in enumerate(cotangents) if v is not None]
+    moving = {i: p for i, p in enumerate(primals) if p is not None and wanted[i]}
+    used = {i: v for i, v in enumerate(cotangents) if v is not None}
 
     def along(*moved: Tensor) -> tuple[Tensor, ...]:
         at = list(primals)
@@ -216,11 +214,7 @@ def second_order(
         tangents = jvp(at, directions)
         return tuple(tangents[i] for i in used)  # type: ignore[misc]
 
-    tangents, gradients = pull_back(
-        along,
-        [p for i, p in enumerate(primals) if p is not None and wanted[i]],
-        [v for v in cotangents if v is not None],
-    )
+    tangents, gradients = pull_back(along, list(moving.values()), list(used.values()))
     dv: list[Maybe] = [None] * len(cotangents)
     dp: list[Maybe] = [None] * len(primals)
     for i, tangent in zip(used, tangents, strict=True):
@@ -297,16 +291,11 @@ def loop(name: str) -> Vmap:
         def stacked(ys: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
             return (ys[0], None) if is_placeholder(ys[0]) else (torch.stack(ys), 0)
 
-        results = []
-        for i in range(info.batch_size):
-            results.append(
-                op(
-                    *(
-                        x.select(d, i) if isinstance(x, Tensor) and d is not None else x
-                        for x, d in zip(inputs, in_dims, strict=True)
-                    )
-                )
-            )
+        def entry(i: int) -> list[Any]:
+            pairs = zip(inputs, in_dims, strict=True)  # of a list, a list of dimensions
+            return [x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in pairs]
+
+        results = [op(*entry(i)) for i in range(info.batch_size)]
         return _transpose(stacked(ys) for ys in zip(*results, strict=True))
 
     return rule

@@ -46,12 +46,12 @@ def jvp(
     x, h0 = inputs[:2]
     dtype = state_dtype(x)
     with _no_autocast(x):
-        out, states_dtype = outputs[0], x.dtype if h0 is None else h0.dtype
-        assert out is not None
+        out, h_n = outputs[:2]
+        assert out is not None and h_n is not None
         dx, dh0, dW, dU, dC, dbias = (None if t is None else t.to(dtype) for t in tangents[:6])
-        dh = torch.zeros_like(out.new_empty((out.shape[0], *out.shape[2:]), dtype=dtype)) if dh0 is None else dh0
+        dh = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0
         if out.numel() == 0:
-            return torch.zeros_like(out), dh.to(states_dtype), None
+            return torch.zeros_like(out), dh.to(h_n.dtype), None
         x, W, U, C = (i.to(dtype) for i in (x, *inputs[2:5]))
         bias = None if inputs[5] is None else inputs[5].to(dtype)
         features = C.shape[0]
@@ -83,7 +83,7 @@ def jvp(
             dc = slope_c * (da_c_t + _convolve(dr * h_t + r_t * dh, C))
             dh = (1 - z_t) * dh + toward * dz + dc
             dout.append(dh)
-        return torch.stack(dout, 1).to(out.dtype), dh.to(states_dtype), None
+        return torch.stack(dout, 1).to(out.dtype), dh.to(h_n.dtype), None
 
 
 def forward_and_jvp(primals: Sequence[Tensor | None], directions: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

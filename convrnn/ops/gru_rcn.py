@@ -249,10 +249,10 @@ def _triton_backward(
     from ..kernels.gru_rcn import gru_rcn_bwd, gru_rcn_fwd
 
     _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
-    odd = [odd(weight) for weight in (W, U, C)]
+    widened = [odd(weight) for weight in (W, U, C)]
     if gates.numel() == 0 and out.numel() > 0:
-        gates = gru_rcn_fwd(x, h0, *odd, bias)[2]
-    dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *odd, out, gates, output_mask)
+        gates = gru_rcn_fwd(x, h0, *widened, bias)[2]
+    dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *widened, out, gates, output_mask)
     return dx, dh0, _narrow(dW, W), _narrow(dU, U), _narrow(dC, C), dbias
 
 

@@ -193,14 +193,12 @@ def _jvp(
 ) -> tuple[Tensor, Tensor]:
     """dh_t = (1 - z_t) . dh_{t-1} + z_t . [(1 - z_t) . dgate_t . (g_t - h_{t-1}) + g'(hidden_t) . dhidden_t]."""
     gate_hidden, h0 = inputs
-    out, (dgate_hidden, dh0) = outputs[0], tangents
-    assert out is not None
+    (out, h_n), (dgate_hidden, dh0) = outputs, tangents
+    assert out is not None and h_n is not None
     dtype = layout.state_dtype(gate_hidden)
     gate, hidden = gate_hidden.to(dtype).chunk(2, dim=2)
-    start = torch.full_like(gate[:, :1], 0.5) if h0 is None else h0.to(dtype).unsqueeze(1)
-    if gate.shape[1] == 0:
-        start = torch.full_like(out.new_empty((out.shape[0], 1, *out.shape[2:])), 0.5, dtype=dtype)
-    first = torch.zeros_like(start[:, 0]) if dh0 is None else dh0.to(dtype)
+    start = torch.full_like(h_n, 0.5, dtype=dtype) if h0 is None else h0.to(dtype)
+    first = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0.to(dtype)
     if dgate_hidden is None:
         w = torch.zeros_like(gate)
     else:
@@ -208,7 +206,7 @@ def _jvp(
         small = torch.sigmoid(hidden)
         g = torch.where(hidden >= 0, hidden + 0.5, small)
         slope = torch.where(hidden >= 0, 1.0, small * (1 - small))
-        h_prev = torch.cat((start, out.to(dtype)), 1)[:, : gate.shape[1]]
+        h_prev = torch.cat((start.unsqueeze(1), out.to(dtype)), 1)[:, : gate.shape[1]]
         w = torch.sigmoid(-gate) * dgate * (g - h_prev) + slope * dhidden
     dh, dh_n = affine_scan(gate, w, first)
     return dh.to(gate_hidden.dtype), dh_n.to(gate_hidden.dtype if h0 is None else h0.dtype)

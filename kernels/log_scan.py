@@ -232,19 +232,17 @@ def log_scan_carry_kernel(
 
 
 @triton.jit
-def _step_backward(grad, log_a, log_b, log_x_prev, ACC: tl.constexpr):
-    """dlog_a_t, which log x_{t-1} receives too, and dlog_b_t from the whole gradient of log x_t [BLOCK]; of their shares
-    p and q the smaller, and whether that is p."""
+def _shares(log_a, log_b, log_x_prev, ACC: tl.constexpr):
+    """p and q, the shares of x_t that a_t x_{t-1} and b_t make up; the smaller of them, and whether that is p [BLOCK]."""
     carried = log_a.to(ACC) + log_x_prev.to(ACC)
     log_b = log_b.to(ACC)
     d = carried - log_b
     tail = sigmoid_tail(d)
-    p = tl.where(d >= 0, 1 - tail, tail)
-    q = tl.where(d >= 0, tail, 1 - tail)
+    head = 1 - tail
     zero = (carried == -float("inf")) & (log_b == -float("inf"))
-    p = tl.where(zero, 0.0, p)
-    q = tl.where(zero, 0.0, q)
-    return p * grad, q * grad, tl.where(zero, 0.0, tail), (d < 0) | zero
+    p = tl.where(zero, 0.0, tl.where(d >= 0, head, tail))
+    q = tl.where(zero, 0.0, tl.where(d >= 0, tail, head))
+    return p, q, tl.where(zero, 0.0, tail), (d < 0) | zero
 
 
 @jit_kernel
@@ -305,13 +303,15 @@ def log_scan_bwd_kernel(
             x_prevs += (tl.load(x_prev_ptr - u * lx_stride_t, mask),)
             dxs += (tl.load(dx_ptr - u * dlx_stride_t, mask),)
         for u in tl.static_range(U):
-            dx = dxs[u].to(ACC)
-            grad, db, tail, keeps_tail = _step_backward(grad + dx, log_as[u], log_bs[u], x_prevs[u], ACC)
+            grad += dxs[u].to(ACC)
+            p, q, tail, keeps_tail = _shares(log_as[u], log_bs[u], x_prevs[u], ACC)
             if maps is not None:
                 kept, lost = decay(kept, lost, tail, keeps_tail)
             else:
+                tl.store(db_ptr - u * lanes, q * grad, mask)
+            grad = p * grad  # dlog_a_t, which log x_{t-1} receives too
+            if maps is None:
                 tl.store(da_ptr - u * lanes, grad, mask)
-                tl.store(db_ptr - u * lanes, db, mask)
         a_ptr -= U * la_stride_t
         b_ptr -= U * lb_stride_t
         x_prev_ptr -= U * lx_stride_t
@@ -321,12 +321,14 @@ def log_scan_bwd_kernel(
     for _ in range(steps % U):
         grad += tl.load(dx_ptr, mask).to(ACC)
         x_prev = tl.load(x_prev_ptr, mask)
-        grad, db, tail, keeps_tail = _step_backward(grad, tl.load(a_ptr, mask), tl.load(b_ptr, mask), x_prev, ACC)
+        p, q, tail, keeps_tail = _shares(tl.load(a_ptr, mask), tl.load(b_ptr, mask), x_prev, ACC)
         if maps is not None:
             kept, lost = decay(kept, lost, tail, keeps_tail)
         else:
+            tl.store(db_ptr, q * grad, mask)
+        grad = p * grad
+        if maps is None:
             tl.store(da_ptr, grad, mask)
-            tl.store(db_ptr, db, mask)
         a_ptr -= la_stride_t
         b_ptr -= lb_stride_t
         x_prev_ptr -= lx_stride_t

@@ -31,38 +31,39 @@ BACKWARD_STEPS = 2
 
 
 @triton.jit
-def _step(h, gate, hidden, ACC: tl.constexpr):
-    """h_t from h_{t-1} [BLOCK]."""
+def _gate(gate, ACC: tl.constexpr):
+    """The smaller of z and 1 - z, and whether it is 1 - z, the share of h_{t-1} that the step keeps [BLOCK]."""
     gate = gate.to(ACC)
-    hidden = hidden.to(ACC)
-    g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
-    opens = gate >= 0
-    near = tl.where(opens, g, h)
-    far = tl.where(opens, h, g)
-    return near + sigmoid_tail(gate) * (far - near)
+    return sigmoid_tail(gate), gate >= 0
 
 
 @triton.jit
-def _step_backward(dh, gate, hidden, h_prev, ACC: tl.constexpr):
+def _step(h, nearer, opens, hidden, ACC: tl.constexpr):
+    """h_t from h_{t-1} [BLOCK]."""
+    hidden = hidden.to(ACC)
+    g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
+    near = tl.where(opens, g, h)
+    far = tl.where(opens, h, g)
+    return near + nearer * (far - near)
+
+
+@triton.jit
+def _passed(dh, nearer, opens):
+    """The gradient of h_{t-1} through (1 - z_t) h_{t-1} from the whole gradient of h_t [BLOCK]."""
+    product = dh * nearer
+    return tl.where(opens, product, dh - product)
+
+
+@triton.jit
+def _step_backward(dh, nearer, opens, hidden, h_prev, ACC: tl.constexpr):
     """dgate_t, dhidden_t and the gradient of h_{t-1} from the whole gradient of h_t [BLOCK]."""
-    gate = gate.to(ACC)
     hidden = hidden.to(ACC)
     tail = sigmoid_tail(hidden)
     g = tl.where(hidden >= 0, hidden + 0.5, tail)
     dg = tl.where(hidden >= 0, 1.0, tail * (1 - tail))
-    nearer = sigmoid_tail(gate)
-    opens = gate >= 0
     dgate = dh * (g - h_prev.to(ACC)) * nearer * (1 - nearer)
     dhidden = dh * tl.where(opens, 1 - nearer, nearer) * dg
-    dh_prev = tl.where(opens, dh * nearer, dh - dh * nearer)
-    return dgate, dhidden, dh_prev
-
-
-@triton.jit
-def _decay(kept, lost, gate, ACC: tl.constexpr):
-    """1 - z_t is the share of h_{t-1} that a step keeps."""
-    gate = gate.to(ACC)
-    return decay(kept, lost, sigmoid_tail(gate), gate >= 0)
+    return dgate, dhidden, _passed(dh, nearer, opens)
 
 
 @jit_kernel
@@ -110,19 +111,20 @@ def mingru_fwd_kernel(
             gates += (tl.load(gate_ptr + u * gh_stride_t, mask),)
             hiddens += (tl.load(hidden_ptr + u * gh_stride_t, mask),)
         for u in tl.static_range(U):
-            state = _step(state, gates[u], hiddens[u], ACC)
+            nearer, opens = _gate(gates[u], ACC)
+            state = _step(state, nearer, opens, hiddens[u], ACC)
             if maps is not None:
-                kept, lost = _decay(kept, lost, gates[u], ACC)
+                kept, lost = decay(kept, lost, nearer, opens)
             else:
                 tl.store(h_ptr + u * lanes, state, mask)
         gate_ptr += U * gh_stride_t
         hidden_ptr += U * gh_stride_t
         h_ptr += U * lanes
     for _ in range(steps % U):
-        gate = tl.load(gate_ptr, mask)
-        state = _step(state, gate, tl.load(hidden_ptr, mask), ACC)
+        nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+        state = _step(state, nearer, opens, tl.load(hidden_ptr, mask), ACC)
         if maps is not None:
-            kept, lost = _decay(kept, lost, gate, ACC)
+            kept, lost = decay(kept, lost, nearer, opens)
         else:
             tl.store(h_ptr, state, mask)
         gate_ptr += gh_stride_t
@@ -185,7 +187,7 @@ def mingru_bwd_kernel(
         grad = tl.load(dh_n + row * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
     else:
         grad = tl.zeros((BLOCK,), ACC)
-    # With maps nothing depends on hidden and h, whose loads the compiler leaves out.
+    # The map depends on gates and dh alone.
     for _ in range((steps - 1) // U):
         gates = ()
         hiddens = ()
@@ -193,17 +195,20 @@ def mingru_bwd_kernel(
         dhs = ()
         for u in tl.static_range(U):
             gates += (tl.load(gate_ptr - u * gh_stride_t, mask),)
-            hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
-            h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
+            if maps is None:
+                hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
+                h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
             if dh is not None:
                 dhs += (tl.load(dh_ptr - u * dh_stride_t, mask),)
         for u in tl.static_range(U):
             if dh is not None:
                 grad += dhs[u].to(ACC)
-            dgate, dhidden, grad = _step_backward(grad, gates[u], hiddens[u], h_prevs[u], ACC)
+            nearer, opens = _gate(gates[u], ACC)
             if maps is not None:
-                kept, lost = _decay(kept, lost, gates[u], ACC)
+                kept, lost = decay(kept, lost, nearer, opens)
+                grad = _passed(grad, nearer, opens)
             else:
+                dgate, dhidden, grad = _step_backward(grad, nearer, opens, hiddens[u], h_prevs[u], ACC)
                 tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
                 tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
         gate_ptr -= U * gh_stride_t
@@ -215,11 +220,13 @@ def mingru_bwd_kernel(
         if dh is not None:
             grad += tl.load(dh_ptr, mask).to(ACC)
             dh_ptr -= dh_stride_t
-        gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
-        dgate, dhidden, grad = _step_backward(grad, gate, hidden, tl.load(h_prev_ptr, mask), ACC)
+        nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
         if maps is not None:
-            kept, lost = _decay(kept, lost, gate, ACC)
+            kept, lost = decay(kept, lost, nearer, opens)
+            grad = _passed(grad, nearer, opens)
         else:
+            hidden, h_prev = tl.load(gate_ptr + half, mask), tl.load(h_prev_ptr, mask)
+            dgate, dhidden, grad = _step_backward(grad, nearer, opens, hidden, h_prev, ACC)
             tl.store(dgate_ptr, dgate, mask)
             tl.store(dgate_ptr + half, dhidden, mask)
         gate_ptr -= gh_stride_t
@@ -229,22 +236,25 @@ def mingru_bwd_kernel(
     # The first step. That of the sequence follows h0.
     if dh is not None:
         grad += tl.load(dh_ptr, mask).to(ACC)
-    gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
-    if h0 is not None:
-        h_prev = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask).to(ACC)
-    else:
-        h_prev = tl.full((BLOCK,), 0.5, ACC)
-    if CHUNKED:
-        h_prev = tl.where(first > 0, tl.load(h_prev_ptr, mask & (first > 0)).to(ACC), h_prev)
-    dgate, dhidden, grad = _step_backward(grad, gate, hidden, h_prev, ACC)
+    nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
     if maps is not None:
-        kept, lost = _decay(kept, lost, gate, ACC)
-        store_map(maps, row, lanes, lane, mask, kept, lost, grad)
+        kept, lost = decay(kept, lost, nearer, opens)
+        store_map(maps, row, lanes, lane, mask, kept, lost, _passed(grad, nearer, opens))
     else:
+        follows_h0 = mask
+        if CHUNKED:
+            follows_h0 = mask & (first == 0)
+        if h0 is not None:
+            h_prev = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, follows_h0).to(ACC)
+        else:
+            h_prev = tl.full((BLOCK,), 0.5, ACC)
+        if CHUNKED:
+            h_prev = tl.where(first > 0, tl.load(h_prev_ptr, mask & (first > 0)).to(ACC), h_prev)
+        dgate, dhidden, grad = _step_backward(grad, nearer, opens, tl.load(gate_ptr + half, mask), h_prev, ACC)
         tl.store(dgate_ptr, dgate, mask)
         tl.store(dgate_ptr + half, dhidden, mask)
         if dh0 is not None:
-            tl.store(dh0 + sample * lanes + lane, grad, mask & (first == 0))
+            tl.store(dh0 + sample * lanes + lane, grad, follows_h0)
 
 
 def _strides(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:

@@ -45,9 +45,9 @@ MAP_ARRAYS = tl.constexpr(3)
 def chunk_steps(lanes: int, steps: int, itemsize: int, processors: int) -> int:
     """How many steps make a chunk; ``steps`` where T stays whole. Shape, dtype and device alone decide.
 
-    Chunks move 5 elements per output instead of 3 (backward 8 instead of 6), so T stays whole where the lanes keep half
-    of the bytes in flight that the memory needs. Else the longest path is shortest: a chunk twice, STEPS_AHEAD steps
-    at a time, and the maps of all chunks once, CARRIES_AHEAD at a time, which makes sqrt(steps / 8) steps.
+    Chunks move 5 elements per output instead of 3 (backward 8, of the log scan 10, instead of 6), so T stays whole where
+    the lanes keep half of the bytes in flight that the memory needs. Else the longest path is shortest: a chunk twice,
+    STEPS_AHEAD steps at a time, and the maps of all chunks once, CARRIES_AHEAD at a time: sqrt(steps / 8) steps.
 
     Args:
         lanes: over the whole batch.

@@ -79,6 +79,16 @@ def test_mingru_is_accurate_over_time() -> None:
         assert ((grad - wanted).abs() / wanted.abs().amax(-2, keepdim=True)).max() < 5e-6
 
 
+@pytest.mark.parametrize("chunk", (256,), indirect=True)
+def test_log_scan_keeps_the_rounding_errors_of_a_chunk(chunk: int) -> None:
+    """Terms of 1 + 7e-6, of which a plain sum beyond 128 drops the 7e-6 each time: 3.5e-6 in log x."""
+    log_b = torch.full((1, chunk + 2, 1), 7e-6)
+    log_b[:, :2] = 0  # where m starts, of all of T and of the first chunk
+    log_a = torch.zeros(1, chunk + 1, 1)
+    log_x = log_scan.log_scan_fwd(log_a, log_b)
+    assert_close(log_x, reference.log_scan(log_a.double(), log_b.double()), 1, torch.float32)
+
+
 def test_chunks_and_whole_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     gate_hidden = randn(2, 30, 12, dtype=torch.float32, seed=1)
     log_a, log_b = -randn(2, 29, 6, dtype=torch.float32, seed=2).abs(), randn(2, 30, 6, dtype=torch.float32, seed=3)

@@ -19,7 +19,7 @@ def run_group(function: Callable[..., Any], ranks: int, folder: Path, *arguments
 
 def _member(rank: int, function: Callable[..., Any], ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(ranks))
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
     try:
         torch.save(function(rank, *arguments), f"{folder}/result{rank}.pt")

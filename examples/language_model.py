@@ -289,7 +289,7 @@ def parser() -> argparse.ArgumentParser:
     add("--state", type=int, default=256, help="of a block's recurrence")
     add("--layers", type=int, default=3, help="blocks")
     add("--dropout", type=float, default=0.1, help="of what each block adds")
-    add("--steps", type=int, default=600, help="training steps")
+    add("--steps", type=int, default=500, help="training steps")
     add("--interval", type=int, default=100, help="steps between validations, samples and checkpoints")
     add("--sample-tokens", type=int, default=120, help="tokens of a sample")
     add_training_options(add, RUN, batch_size=16, lr=3e-3, weight_decay=0.1)

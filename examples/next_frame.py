@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rnn", choices=RNNS, default=RNNS[0], help="recurrent layers")
     add("--channels", type=int, default=32, help="of a layer")
     add("--layers", type=int, default=2, help="recurrent layers")
-    add("--steps", type=int, default=600, help="training steps")
+    add("--steps", type=int, default=300, help="training steps")
     add("--interval", type=int, default=50, help="steps between validations and checkpoints")
     add_training_options(add, RUN, batch_size=8, lr=2e-3, weight_decay=0.01)
 

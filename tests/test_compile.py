@@ -179,13 +179,17 @@ def test_cuda_traces_to_opaque_calls(op):
         for arguments in samples(op, "cpu"):
             expected = tensors(f(*arguments))
             with FakeTensorMode():
-                fakes = [torch.empty_strided(a.shape, a.stride(), device="cuda") if is_tensor(a) else a for a in arguments]
+                fakes = [
+                    torch.empty_strided(a.shape, a.stride(), device="cuda") if is_tensor(a) else a for a in arguments
+                ]
                 graph = make_fx(lambda *moved, f=f: f(*moved))(*fakes).graph
                 found = tensors(f(*fakes))
             assert [(y.shape, y.stride(), y.device.type) for y in found] == [
                 (y.shape, y.stride(), "cuda") for y in expected
             ]
-            calls = [str(node.target) for node in graph.nodes if node.op == "call_function" and "getitem" not in node.name]
+            calls = [
+                str(node.target) for node in graph.nodes if node.op == "call_function" and "getitem" not in node.name
+            ]
             assert calls == [f"convrnn.{name}.default"]
 
 

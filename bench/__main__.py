@@ -5,6 +5,7 @@ Every provider is checked against float64 before it is timed; a wrong one is ref
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,12 @@ INTERRUPTED = 130  # as a shell has it
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches, the exhaustive ones too")
+    parser.add_argument(
+        "--threads", type=machine.thread_count, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="", help="cases whose name holds or matches it, the exhaustive ones too"
+    )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument(
         "--quick", dest="effort", action="store_const", const="quick", help="one sweep, no torch.compile"
@@ -32,12 +37,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     effort.add_argument("--full", dest="effort", action="store_const", const="full", help="every study, more sweeps")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: bench/results/latest/<device>.json")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device (python -m convrnn.info says why)")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    effort = EFFORTS[options.effort or "default"]
+    options.effort = options.effort or "default"
+    effort = EFFORTS[options.effort]
     cases = select(options.only, effort.exhaustive)
     if options.list:
         print(*(case.name for case in cases), sep="\n")
@@ -50,20 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.prepare(options.threads)
     console = Console(width=report.WIDTH)
     bench = Bench(cases, effort, device)
+    bench.results.options = {"effort": options.effort, "only": options.only}
+    start, failure = time.monotonic(), None
     # No thread redraws while something is timed.
     with Live(auto_refresh=False, transient=True, console=console) as live:
         try:
             for done, case in enumerate(bench.run(), 1):
                 live.update(f"{done}/{len(cases) * effort.sweeps} {case.name}", refresh=True)
+                bench.results.options["seconds"] = round(time.monotonic() - start)
                 bench.results.save(output)
         except KeyboardInterrupt:
             console.print("[bold yellow]interrupted")
-    if not bench.results.peaks:
-        return INTERRUPTED  # before anything was measured
+        except RuntimeError as error:  # out of memory, or a sweep's process that ended
+            failure = error
+    if not bench.results.rows:
+        if failure is not None:
+            raise failure
+        return INTERRUPTED  # before anything was measured: what an earlier run wrote stays
     bench.results.save(output)
     report.show(bench.results, console)
     written = [output, output.with_suffix(".csv"), *pictures.draw(bench.results, output.parent, output.stem)]
     console.print("written:", *(str(path) for path in written), sep="\n  ", highlight=False)
+    if failure is not None:
+        console.print(f"[bold red]failed[/] {failure}", highlight=False)
+        return 1
     if not bench.results.complete:
         return INTERRUPTED
     return int(bool(bench.results.refused))

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from .machine import ROOT
 BUILDS = ROOT / "build" / "bench-compare"
 SOURCES = ("convrnn", "kernels", "pyproject.toml", "setup.py")  # what a build depends on
 WANTED = (*SOURCES, "LICENSE", "README.md")  # pyproject.toml names these two: without them there is no build
-FLAGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "DEBUG")
+FLAGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "DEBUG", "SANITIZE")
 
 
 class Unusable(Exception):
@@ -45,14 +46,32 @@ def resolve(base: str) -> str:
         raise Unusable(f"{ref!r}{origin} is no commit of this checkout: give a branch, a tag or a commit") from None
 
 
-def commit_of(results: Path) -> str:
-    """The commit that a results file was measured at."""
+def stamp_of(results: Path) -> dict[str, Any]:
+    """What a results file says of its machine and versions."""
     try:
-        commit = json.loads(results.read_text())["machine"]["commit"]
+        found = json.loads(results.read_text())
+        if not {"machine", "peaks", "rows"} <= found.keys():  # a comparison, say, has a machine too
+            raise ValueError
+        return found["machine"]
     except OSError as error:
         raise Unusable(f"{results}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, AttributeError):
         raise Unusable(f"{results} is not a results file of python -m bench") from None
+
+
+def differences(base: str, stamp: dict[str, Any]) -> list[str]:
+    """Where a results file that was given as the base was measured otherwise than ``stamp`` says."""
+    then = stamp_of(Path(base)) if base.endswith(".json") else {}
+    return [
+        f"{base} was measured with {name} {then[name]!r}, not {stamp[name]!r}"
+        for name in ("device", "kind", "threads", "torch", "triton")
+        if name in then and then[name] != stamp[name]
+    ]
+
+
+def commit_of(results: Path) -> str:
+    """The commit that a results file was measured at."""
+    commit = stamp_of(results).get("commit")
     if not commit:
         raise Unusable(f"{results} names no commit: it was measured outside a checkout")
     if commit.endswith("+"):

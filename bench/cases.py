@@ -28,8 +28,16 @@ def all_cases() -> list[Case]:
 
 
 def select(only: str, exhaustive: bool) -> list[Case]:
-    """Cases whose name matches the pattern ``only``; the exhaustive ones too where asked to, or where there is a pattern."""
-    return [c for c in all_cases() if re.search(only, c.name) and (only or exhaustive or not c.exhaustive)]
+    """Cases whose name holds ``only`` or matches it as a pattern; exhaustive ones where asked to, or where ``only`` is given."""
+    try:
+        pattern = re.compile(only)
+    except re.error:
+        pattern = re.compile(re.escape(only))
+    return [
+        c
+        for c in all_cases()
+        if (only in c.name or pattern.search(c.name)) and (only or exhaustive or not c.exhaustive)
+    ]
 
 
 def ops() -> Iterator[Case]:
@@ -42,36 +50,47 @@ def ops() -> Iterator[Case]:
     yield mingru(16, 256, 512, dtype=BF16)
     yield mingru(4, 10, 256, 14, 14, dtype=BF16, exhaustive=True)
     yield log_scan(16, 256, 512)
-    yield log_scan(1, 32, 64, 14, 14)
+    yield log_scan(1, 32, 64, 14, 14, compile=True)
+    yield log_scan(1, 32, 64, 14, 14, dtype=BF16)
     yield gru_gates(16, 64, 28, 28, compile=True)
     yield gru_gates(16, 64, 28, 28, dtype=BF16)
-    yield gru_update(16, 64, 28, 28)
+    yield gru_update(16, 64, 28, 28, compile=True)
+    yield gru_update(16, 64, 28, 28, dtype=BF16)
     yield gru_rcn(16, 10, 5, 32, 8, 8)
     yield gru_rcn(16, 10, 64, 64, 7, 7)
     yield gru_rcn(4, 10, 64, 64, 28, 28)
     yield gru_rcn(2, 10, 256, 256, 14, 14)
     yield gru_rcn(1, 16, 3, 16, 64, 64)
+    yield gru_rcn(1, 64, 16, 16, 14, 14)
+    yield gru_rcn(1, 8, 32, 32, 56, 56)
     yield gru_rcn(16, 2, 16, 32, 14, 14, compile=True)  # unrolled: every step costs seconds to compile
     yield gru_rcn(2, 4, 5, 32, 8, 8, dtype=BF16)
 
 
 def modules() -> Iterator[Case]:
     yield gru_rcn_module(16, 10, 5, 32, 8, 8)
+    yield gru_rcn_module(2, 4, 5, 32, 8, 8, dtype=BF16)
     yield mingru_module(16, 256, 256)
-    yield mingru_module(1, 1024, 128)
+    yield mingru_module(1, 1024, 128, compile=True)
+    yield mingru_module(1, 128, 128, dtype=BF16)
     yield mingru_module(1, 65536, 64, exhaustive=True)
     yield mingru_module(16, 128, 128, layers=4, gru=False, exhaustive=True)
     yield bidirectional_module(16, 128, 64)
+    yield bidirectional_module(1, 128, 64, dtype=BF16)
     yield minconv_module(5, 10, 3, 64, 64)
+    yield minconv_module(1, 4, 3, 32, 32, hidden=(16,), dtype=BF16)
 
 
 def streaming() -> Iterator[Case]:
-    yield mingru_stream(1, 1, 512)
+    yield mingru_stream(1, 1, 512, compile=True)
+    yield mingru_stream(1, 1, 512, dtype=BF16)
     yield mingru_stream(16, 1, 256, 14, 14)
     yield cell_stream(1, 1, 512)
+    yield cell_stream(1, 1, 512, dtype=BF16)
     yield cell_stream(1, 1, 64, 28, 28)
     yield gru_rcn_stream(1, 1, 64, 64, 28, 28)
-    yield gru_rcn_stream(1, 1, 5, 32, 8, 8)
+    yield gru_rcn_stream(1, 1, 5, 32, 8, 8, compile=True)
+    yield gru_rcn_stream(1, 1, 5, 32, 8, 8, dtype=BF16)
 
 
 def studies() -> Iterator[Case]:

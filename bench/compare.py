@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -140,6 +139,10 @@ class Worker:
             bufsize=1,
         )
 
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
@@ -152,9 +155,7 @@ class Worker:
 
     def receive(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
-        if not line:
-            raise Unusable(f"the process that times {self.process.args[3]} ended with status {self.process.wait()}")
-        return json.loads(line)
+        return json.loads(line) if line else {"failure": f"its process ended with status {self.process.wait()}"}
 
     def ask(self, **request: Any) -> dict[str, Any]:
         self.send(**request)
@@ -179,20 +180,31 @@ class Comparison:
         """Adds a series to ``rows``: a fresh pair of processes; the first one checks the results too."""
         if not rows:
             return
-        with closing(self.worker(BASE)) as base, closing(self.worker(CURRENT)) as current:
-            workers = [base, current]
-            for worker in workers:
-                worker.receive()  # ready
+        workers: list[Worker] = []
+        try:
             for case in dict.fromkeys(row.case for row in rows):
                 self.progress(case if effort == 1 else f"again, in fresh processes: {case}")
+                if not all(worker.alive for worker in workers) or not workers:
+                    self.close(workers)  # the pair: what a process decides is drawn for both anew
+                    workers += [self.worker(side) for side in (BASE, CURRENT)]
+                    for side, worker in enumerate(workers):
+                        if "failure" in (ready := worker.receive()):
+                            raise Unusable(f"{self.packages[side]}: {ready['failure']}")
                 prepared = [row for row in rows if row.case == case]
                 self.prepare(workers, prepared, check=effort == 1)
                 for row in prepared:
                     if not row.problem:
                         self.measure(workers, row, effort)
+        finally:
+            self.close(workers)
 
     def worker(self, side: int) -> Worker:
         return Worker(self.packages[side], self.device, self.threads)
+
+    @staticmethod
+    def close(workers: list[Worker]) -> None:
+        while workers:
+            workers.pop().close()
 
     def prepare(self, workers: list[Worker], rows: list[Row], check: bool) -> None:
         for worker in workers:
@@ -275,8 +287,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", metavar="BASE", help="a git ref, or a JSON file of python -m bench")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches, the exhaustive ones too")
+    parser.add_argument(
+        "--threads", type=machine.thread_count, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="", help="cases whose name holds or matches it, the exhaustive ones too"
+    )
     parser.add_argument("--quick", action="store_true", help="ops and streams alone, no modules and no studies")
     return parser.parse_args(argv)
 
@@ -291,7 +307,7 @@ def choose(only: str, quick: bool) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(width=WIDTH, highlight=False)
-    comparison = None
+    comparison, interrupted = None, False
     try:
         cases = choose(options.only, options.quick)
         commit = builds.resolve(options.base)
@@ -300,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"base {options.base} ({commit[:12]}), current {stamp['commit']}; {stamp['device']}, {options.threads} threads"
         )
+        for difference in builds.differences(options.base, stamp):
+            console.print(f"[yellow]{difference}[/]: both are timed here and now")
         if packages[0] == packages[1]:
             console.print("both have the same sources: whatever differs is noise")
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count() / 2:
@@ -316,13 +334,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if comparison is None:
             return INTERRUPTED
-        console.print("[bold yellow]interrupted: what was not reached is left out")
+        interrupted = True
+        console.print("[bold yellow]interrupted: what was not reached is left out, what was not repeated is unclear")
     rows = [row for row in comparison.rows if row.problem or row.series]
     save(OUTPUT, rows, base={"given": options.base, "commit": commit}, machine=stamp)
     console.print(table(rows))
     console.print(summary(rows), f"written: {OUTPUT}", sep="\n")
-    if len(rows) < len(comparison.rows):
+    if interrupted:
         return INTERRUPTED
+    if all(row.problem == PROBLEMS[BASE, "failure"] for row in rows):
+        print(f"bench.compare: {options.base} runs none of these cases", file=sys.stderr)
+        return 2
     return int(any(row.verdict in BAD for row in rows))
 
 

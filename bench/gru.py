@@ -46,7 +46,7 @@ def gru_update(*shape: int, dtype: torch.dtype = torch.float32, **options: objec
         )
 
     n = torch.Size(shape).numel()
-    return Case("gru_update", shape, build, elementwise(n, dtype, 6, 5), elementwise(n, dtype, 8, 10), dtype, **options)
+    return Case("gru_update", shape, build, elementwise(n, dtype, 5, 5), elementwise(n, dtype, 7, 10), dtype, **options)
 
 
 def gru_rcn_inputs(
@@ -89,7 +89,7 @@ def gru_rcn(*shape: int, dtype: torch.dtype = torch.float32, **options: object) 
     return Case("gru_rcn", shape, build, *gru_rcn_work(shape, dtype), dtype, **options)
 
 
-def gru_rcn_module(*shape: int, **options: object) -> Case:
+def gru_rcn_module(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
     """The layer at (B, T, Ox, Oh, H, W): what ``gru_rcn`` measures, and the module around it."""
 
     def build(device: torch.device, dtype: torch.dtype) -> Problem:
@@ -105,10 +105,10 @@ def gru_rcn_module(*shape: int, **options: object) -> Case:
             },
         )
 
-    return Case("GRU_RCN", shape, build, *gru_rcn_work(shape, torch.float32), group="module", **options)
+    return Case("GRU_RCN", shape, build, *gru_rcn_work(shape, dtype), dtype, group="module", **options)
 
 
-def gru_rcn_stream(*shape: int, **options: object) -> Case:
+def gru_rcn_stream(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
     """One frame of a stream with a carried state, at (B, 1, Ox, Oh, H, W)."""
 
     def last(run: Callable[..., Tensor]) -> Run:
@@ -126,5 +126,5 @@ def gru_rcn_stream(*shape: int, **options: object) -> Case:
             },
         )
 
-    forward, _ = gru_rcn_work(shape, torch.float32)
-    return Case("gru_rcn", shape, build, forward, Work(0, 0), group="streaming", passes=STREAM, **options)
+    forward, _ = gru_rcn_work(shape, dtype)
+    return Case("gru_rcn", shape, build, forward, Work(0, 0), dtype, group="streaming", passes=STREAM, **options)

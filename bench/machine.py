@@ -1,5 +1,6 @@
 """The machine: what it is, and what it reaches at best, measured."""
 
+import argparse
 import ctypes
 import datetime
 import os
@@ -20,6 +21,14 @@ COPY_BYTES = 256 << 20  # past every cache
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def thread_count(text: str) -> int:
+    """A command line's number of threads: not more than there are processors to run them."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not text.isdecimal() or not 1 <= int(text) <= available:
+        raise argparse.ArgumentTypeError(f"expected 1 to {available}, the processors of this machine, got {text}")
+    return int(text)
 
 
 def prepare(threads: int) -> None:
@@ -57,17 +66,27 @@ def stamp(device: torch.device) -> dict[str, Any]:
         "kind": device.type,
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
-        "kernels": "Triton" if device.type == "cuda" else torch.ops.convrnn.cpu_isa().partition(":")[0],
+        "kernels": kernels(device),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda,
-        "backend": os.environ.get("CONVRNN_BACKEND", ""),
+        "numpy": version("numpy"),
+        "peers": {name: version(name) for name in ("accelerated-scan", "minGRU-pytorch", "mingru-scans")},
         "convrnn": version("convrnn"),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def kernels(device: torch.device) -> str:
+    """Those that run: Triton's, interpreted where they are chosen for the CPU, or the instruction set of the C++ ones."""
+    if device.type == "cuda":
+        return "Triton"
+    if os.environ.get("CONVRNN_BACKEND") == "triton":
+        return "interpreted Triton"
+    return torch.ops.convrnn.cpu_isa().partition(":")[0]
 
 
 def processor() -> str:

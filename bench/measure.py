@@ -8,15 +8,17 @@ import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from .case import GRAPH, Case, Problem
+from .case import Case, Problem
 from .providers import Provider, Run
 
 Task = Callable[[], object]
+Result = TypeVar("Result")
 Key = tuple[str, str]  # provider, pass
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -25,10 +27,8 @@ SLOW_MS = 100  # a call that takes longer has one turn in a sweep
 
 
 def parameters(run: Run) -> dict[str, Tensor]:
-    if not isinstance(run, nn.Module):
-        return {}
-    # torch.compile puts a prefix before the names
-    return {name.removeprefix("_orig_mod."): weight for name, weight in run.named_parameters()}
+    run = getattr(run, "_orig_mod", run)  # a compiled module's own, by their own names
+    return dict(run.named_parameters()) if isinstance(run, nn.Module) else {}
 
 
 def leaves(problem: Problem) -> list[Tensor]:
@@ -39,27 +39,58 @@ def outputs(found: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return list(found) if isinstance(found, tuple) else [found]
 
 
-def upstream(outs: list[Tensor]) -> list[Tensor]:
-    """A gradient for each output, the same ones for all providers of a case."""
+def upstream(outs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A gradient for each output, the same numbers for all providers of a case: those that ``dtype`` can hold."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outs]
+    return [torch.randn(out.shape, generator=generator).to(dtype).to(out.device, out.dtype) for out in outs]
 
 
-def results_of(run: Run, inputs: list[Tensor], training: bool) -> dict[str, Tensor]:
-    """The outputs and, in training, every gradient, by name."""
-    with torch.inference_mode(not training):
-        outs = outputs(run(*inputs))
-    found = {f"output {i}": out for i, out in enumerate(outs)}
-    if training:
-        names = [f"input {i}" for i in range(len(inputs))] + list(parameters(run))
-        sources = [*inputs, *parameters(run).values()]
-        found |= zip(names, torch.autograd.grad(outs, sources, upstream(outs)), strict=True)
-    return {name: x.detach().cpu() for name, x in found.items()}
+def results_of(
+    run: Run, inputs: list[Tensor], dtype: torch.dtype, training: bool, graph: bool = False
+) -> dict[str, Tensor]:
+    """The outputs and, in training, every gradient, by name; with ``graph`` what replaying a CUDA graph leaves."""
+    weights, gradients = parameters(run), []
+
+    def compute() -> list[Tensor]:
+        with torch.inference_mode(not training):
+            outs = outputs(run(*inputs))
+        if not training:
+            return outs
+        if not gradients:
+            gradients.extend(upstream(outs, dtype))
+        return [*outs, *torch.autograd.grad(outs, [*inputs, *weights.values()], gradients)]
+
+    if graph:
+        replay, found = captured(compute)
+        with torch.inference_mode():
+            for x in found:
+                x.fill_(math.nan)  # what capturing left there is no result of the graph's
+        replay()
+    else:
+        found = compute()
+    sources = [*(f"input {i}" for i in range(len(inputs))), *weights] if training else []
+    names = [*(f"output {i}" for i in range(len(found) - len(sources))), *sources]
+    return {name: x.detach().cpu() for name, x in zip(names, found, strict=True)}
+
+
+def captured(compute: Callable[[], Result]) -> tuple[Task, Result]:
+    """A call as a CUDA graph: what replays it, and the result that each replay writes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and makes what is made once
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compute()
+    return graph.replay, result
 
 
 def truth(run: Run, problem: Problem, training: bool) -> dict[str, Tensor]:
     exact = copy.deepcopy(run).double().cpu() if isinstance(run, nn.Module) else run
-    return results_of(exact, [x.cpu().double().requires_grad_(training) for x in problem.inputs], training)
+    inputs = [x.cpu().double().requires_grad_(training) for x in problem.inputs]
+    return results_of(exact, inputs, problem.inputs[0].dtype, training)
 
 
 def truths(problem: Problem, training: bool) -> Callable[[Provider], dict[str, Tensor]]:
@@ -68,18 +99,19 @@ def truths(problem: Problem, training: bool) -> Callable[[Provider], dict[str, T
     return lambda provider: shared if provider.truth is None else truth(provider.truth, problem, training)
 
 
-def error(case: Case, problem: Problem, provider: Provider, expected: dict[str, Tensor]) -> float:
+def error(case: Case, problem: Problem, provider: Provider, expected: dict[str, Tensor], graph: bool = False) -> float:
     """Worst error of the outputs and, where training is measured, of the gradients, relative to each one's maximum.
 
-    The outputs of inference count too, where that is timed: it may run other code than training.
+    The outputs of inference count too, where that is timed: it may run other code than training. ``graph``: as CUDA
+    graphs compute it.
     """
     found = []
     if "step" in case.passes:
-        found.append(results_of(provider.run, leaves(problem), training=True))
+        found.append(results_of(provider.run, leaves(problem), case.dtype, training=True, graph=graph))
         if found[0].keys() != expected.keys():
             return math.inf
-    if set(case.passes) - {"backward", "step"} and provider.inference:
-        found.append(results_of(provider.run, problem.inputs, training=False))
+    if set(case.passes) - {"backward", "step"}:
+        found.append(results_of(provider.run, problem.inputs, case.dtype, training=False, graph=graph))
     return max(_error(x, expected[key]) for results in found for key, x in results.items())
 
 
@@ -92,8 +124,10 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else math.inf if difference else 0.0
 
 
-def tolerance(case: Case, provider: Provider) -> float:
-    return max(TOLERANCE[case.dtype], provider.tolerance)
+def complaint(error: float, case: Case, provider: Provider) -> str:
+    """What is wrong with a result of that error; "" if nothing is."""
+    limit = max(TOLERANCE[case.dtype], provider.tolerance)
+    return "" if error <= limit else f"relative error {error:.1e}, allowed {limit:.0e}"
 
 
 def task(what: str, provider: Provider, problem: Problem) -> Task:
@@ -107,20 +141,23 @@ def task(what: str, provider: Provider, problem: Problem) -> Task:
         @torch.inference_mode()
         def stream() -> None:
             nonlocal state
-            state = run(x, state, *rest)
+            found = run(x, state, *rest)
+            # A graph goes on reading where it read when it was captured.
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            state = state.copy_(found) if capturing else found
 
         return stream
     inputs = leaves(problem)
     if what == "backward":
         outs = outputs(run(*inputs))
-        gradients = upstream(outs)
+        gradients = upstream(outs, inputs[0].dtype)
         return lambda: torch.autograd.grad(outs, [*inputs, *weights], gradients, retain_graph=True)
     gradients = []  # made in the first call, whose outputs have their shapes
 
     def forward() -> list[Tensor]:
         outs = outputs(run(*inputs))
         if not gradients:
-            gradients.extend(upstream(outs))
+            gradients.extend(upstream(outs, inputs[0].dtype))
         return outs
 
     if not weights:
@@ -155,18 +192,16 @@ def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[
     for number in range(rounds):
         for key in order:
             if number == 0 or turns[key][0] < SLOW_MS:
-                turns[key].append(clock(tasks[key], device, graph=key[0].endswith(GRAPH)))
+                turns[key].append(clock(tasks[key], device))
         order = order[1:] + order[:1]
     return turns
 
 
-def clock(task: Task, device: torch.device, graph: bool) -> float:
+def clock(task: Task, device: torch.device) -> float:
     """Milliseconds a call, the median of one turn's, however many fit; short calls are timed in blocks."""
     if device.type == "cuda":
         from triton import testing
 
-        if graph:
-            return testing.do_bench_cudagraph(task, rep=20, return_mode="median")
         return testing.do_bench(task, warmup=5, rep=20, return_mode="median")
     timer = Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())
     return statistics.median(timer.blocked_autorange(min_run_time=BLOCK_S).times) * 1e3

@@ -20,9 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .case import GRAPH, OURS, TRAINING
-from .results import Results, Row, load
+from .results import Results, Row, best_baseline, load
 from .run import COMPILED
 
 WIDTH, DPI = 8.5, 130  # inches; shown at some 900 pixels
@@ -30,7 +31,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", 
 STYLE |= {"axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 BLUE, VERMILION, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-LOOKS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, "black", "0.55", "#661100"), "osD^vPX<>", strict=True))
+LOOKS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, "#332288", "0.55", "#661100"), "osD^vPX<>", strict=True))
 GREY = "0.35"
 PASSES = {"forward": SKY, "backward": ORANGE, "step": BLUE, "stream": GREEN}
 WORDS = {"step": "training step", "stream": "streaming step"}
@@ -51,27 +52,31 @@ def draw(results: Results, folder: Path, stem: str) -> list[Path]:
             if figure is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 paths.append(folder / f"{stem}-{name}.png")
-                save(figure, paths[-1])
+                save(figure, paths[-1], results=results.digest())
     return paths
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of few colours, which takes a third of the bytes; rare colours are kept."""
+def save(figure: Figure, path: Path, **about: str) -> None:
+    """Writes a PNG of few colours, which takes a third of the bytes; rare colours are kept. ``about`` becomes its metadata."""
     full = io.BytesIO()
     figure.savefig(full, format="png", dpi=DPI)
     few = Image.open(full).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    text = PngInfo()
+    for name, value in about.items():
+        text.add_text(name, value)
+    few.save(path, optimize=True, pnginfo=text)
 
 
 def speedup(results: Results) -> Figure | None:
     """The best baseline's time over convrnn's as bars from 1: to the left where convrnn is the slower one."""
     tabled = [row for row in results.rows if row.group in ("op", "module", "streaming")]
-    rows = [row for row in tabled if row.provider == OURS and row.speedup is not None]
+    rows = [row for row in tabled if row.ours and row.verdict]
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         gru = row.op.lower().startswith("gru_")
         title = "GRU-RCN (B, T, Ox, Oh, H, W), its gates (B, C, H, W)" if gru else "minGRU (B, T, C) or (B, T, C, H, W)"
-        panels.setdefault(title, {}).setdefault(row.case, []).append(row)
+        how = GRAPH if row.provider.endswith(GRAPH) else ""
+        panels.setdefault(title, {}).setdefault(row.case.removesuffix(" float32") + how, []).append(row)
     if not panels:
         return None
     heights = [sum(BAR * len(found) + GAP for found in cases.values()) for cases in panels.values()]
@@ -80,7 +85,7 @@ def speedup(results: Results) -> Figure | None:
         "Speed-up of convrnn over the best baseline",
         [Patch(color=PASSES[p], label=WORDS.get(p, p)) for p in PASSES if any(row.what == p for row in rows)],
         "Bars: median of turns; whiskers: 20th to 80th percentile. Numbers: every loss, and the last pass of a case. "
-        "Baseline: the fastest provider that is not convrnn, those under torch.compile and in CUDA graphs included. "
+        "Baseline: the fastest provider that is not convrnn, under torch.compile too where that was timed. "
         "float32 unless named." + refusals(results, tabled),
         sum(heights) + 0.55 * len(heights) + 0.45,
     )
@@ -107,7 +112,7 @@ def bars(axes: Axes, cases: dict[str, list[Row]]) -> None:
         if group not in (None, rows[0].group):
             axes.axhline(y - GAP / 2, color="0.6", linewidth=0.8)
         group = rows[0].group
-        ticks[y + BAR * len(rows) / 2] = name.removesuffix(" float32")
+        ticks[y + BAR * len(rows) / 2] = name
         for row in rows:
             middle, lost = y + BAR / 2, row.speedup < 1
             axes.barh(middle, row.speedup - 1, BAR, 1, color=PASSES[row.what], edgecolor="white", linewidth=0.5)
@@ -220,8 +225,9 @@ def roofline(results: Results) -> Figure | None:
         "Roofline",
         [Line2D([], [], **style) for style in marks],
         "Filled: convrnn; hollow, on the same stem: the best baseline. Roofs: measured copy bandwidth, and the fastest "
-        "library product found for a dtype; a point above the sloped roof ran from cache. Black edges and a dashed roof: "
-        "16-bit tensors, whose arithmetic may be float32. Points of one intensity stand side by side.",
+        "library product found for a dtype. A point above the sloped roof ran from cache; one above the flat roof multiplied "
+        "less than the definition, which is what counts here (Winograd's method). Black edges and a dashed roof: 16-bit "
+        "tensors, whose arithmetic may be float32. Points of one intensity stand side by side.",
         3.5 * len(passes) + 0.3,
     )
     grid = body.subplots(len(passes), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -230,8 +236,7 @@ def roofline(results: Results) -> Figure | None:
     grid[0].set(xscale="log", yscale="log", xlim=(min(places) / 2, max(places) * 2))
     for axes, what in zip(grid, passes, strict=True):
         for row, x in spread([row for row in rows if row.what == what]):
-            others = [r for r in results.rows if (r.case, r.what) == (row.case, what) and OURS not in r.provider]
-            points(axes, x, row, min(others, key=lambda row: row.ms, default=None), looks[kind(row)])
+            points(axes, x, row, best_baseline(row, results.rows), looks[kind(row)])
         axes.set_title(WORDS.get(what, what))
         axes.set_ylabel("GFLOP/s")
     for axes in grid:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from .case import OURS
+from .case import GRAPH
 from .gru import gru_rcn
 from .machine import ROOT
-from .report import ratio
-from .results import Results, Row, load
+from .report import ratio, spread, verdicts
+from .results import Results, Row, best_baseline, load
 from .scans import mingru
 
 # The forms of the two projects that convrnn re-creates.
@@ -31,40 +31,39 @@ def machine(results: Results) -> str:
 
 
 def performance(results: Results) -> str:
-    """One line a case: times, and how many times the best baseline's time convrnn's is."""
+    """A line for each case: times, and how many times convrnn's the best baseline's time is."""
     lines = [
         machine(results),
         "",
-        "| case | forward or stream | backward | training step | best baseline of the last pass | step over the original form | kept for backward, MB |",
+        "| case | forward or stream | backward | training step | best baseline of the last pass | last pass over the original form | kept for backward, MB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = [row for row in results.rows if row.group in ("op", "module", "streaming")]
-    for case, group in groupby(rows, lambda row: row.case):
-        passes = list(group)
-        ours = {row.what: row for row in passes if row.provider == OURS}
+    found = [row for row in rows if row.ours]
+    for case, provider in dict.fromkeys((row.case, row.provider) for row in found):
+        ours = {row.what: row for row in found if (row.case, row.provider) == (case, provider)}
         last = list(ours.values())[-1]
-        rivals = [row for row in passes if row.what == last.what and OURS not in row.provider]
-        original = next((row for row in rivals if row.provider in ORIGINAL), None)
+        best = best_baseline(last, rows)
+        forms = [form + (GRAPH if provider.endswith(GRAPH) else "") for form in ORIGINAL]
+        original = next((r for r in rows if (r.case, r.what) == (case, last.what) and r.provider in forms), None)
         lines.append(
-            f"| {case} | {cell(ours.get('forward') or ours.get('stream'))} | {cell(ours.get('backward'))} "
-            f"| {cell(ours.get('step'))} | {min(rivals, key=lambda row: row.ms).provider if rivals else ''} "
+            f"| {case}{GRAPH if provider.endswith(GRAPH) else ''} "
+            f"| {cell(ours.get('forward') or ours.get('stream'))} | {cell(ours.get('backward'))} "
+            f"| {cell(ours.get('step'))} | {best.provider if best else ''} "
             f"| {ratio(original.ms / last.ms) + 'x' if original else ''} "
             f"| {kept(last)}{' against ' + kept(original) if original and original.kept_bytes is not None else ''} |"
         )
-    lost = [row for row in rows if row.provider == OURS and row.speedup is not None and row.speedup < 1]
-    lines += [
-        "",
-        f"Slower than the best baseline in {len(lost)} of {sum(row.provider == OURS and row.speedup is not None for row in rows)} measurements.",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", verdicts([row for row in found if row.verdict])])
 
 
 def cell(row: Row | None) -> str:
-    """Milliseconds and the speed-up; a loss is bold."""
+    """Milliseconds, the speed-up and its spread; bold unless the spread lies above 1."""
     if row is None:
         return ""
-    speedup = f"{ratio(row.speedup)}x"
-    return f"{row.ms:.3g} ({f'**{speedup}**' if row.speedup < 1 else speedup})"
+    if not row.verdict:
+        return f"{row.ms:.3g}"
+    speedup = f"{ratio(row.speedup)}x: {spread(row)}"
+    return f"{row.ms:.3g} ({speedup if row.verdict == 'faster' else f'**{speedup}**'})"
 
 
 def kept(row: Row) -> str:
@@ -83,7 +82,7 @@ def study(results: Results) -> str:
         names = list(dict.fromkeys(row.provider for row in found))
         parts += [
             "",
-            f"`{op}` along {axis}: forward / training step in ms; in brackets MB that the step adds at its peak",
+            f"`{op}` along {axis}: forward / training step in ms (p20-p80) [MB that the step adds at its peak]",
             "",
         ]
         parts += ["| shape | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
@@ -91,36 +90,37 @@ def study(results: Results) -> str:
             cells = []
             for name in names:
                 passes = {row.what: row for row in found if (row.shape, row.provider) == (shape, name)}
-                cells.append(pair(passes["forward"], passes["step"]) if passes else "")
+                cells.append(" / ".join(time(passes[what]) for what in ("forward", "step") if what in passes))
             parts.append(f"| {shape} | " + " | ".join(cells) + " |")
     return "\n".join(parts)
 
 
-def pair(forward: Row, step: Row) -> str:
-    memory = "" if step.peak_bytes is None else f" ({step.peak_bytes / 1e6:.3g})"
-    return f"{forward.ms:.3g} / {step.ms:.3g}{memory}"
+def time(row: Row) -> str:
+    memory = "" if row.what == "forward" or row.peak_bytes is None else f" [{row.peak_bytes / 1e6:.3g}]"
+    return f"{row.ms:.3g} ({row.p20_ms:.3g}-{row.p80_ms:.3g}){memory}"
 
 
-# GB/s of memory and TFLOP/s of dense bfloat16 and tf32 products, from the makers' data sheets.
-DEVICES = {"A100 80 GB": (2039, 312, 156), "H100 SXM": (3350, 989, 494), "H200": (4800, 989, 494)}
-DEVICES |= {"B200": (8000, 2250, 1125)}
+# GB/s of memory and TFLOP/s of dense float32, tf32 and bfloat16 products, from the makers' data sheets.
+DEVICES = {"A100 80 GB": (2039, 19.5, 156, 312), "H100 SXM": (3350, 67, 494, 989), "H200": (4800, 67, 494, 989)}
+DEVICES |= {"B200": (8000, 75, 1125, 2250)}
 FLOORS = [mingru(16, 256, 512), mingru(1, 65536, 64), mingru(4, 16, 64, 56, 56), mingru(16, 10, 256, 14, 14)]
 FLOORS += [gru_rcn(16, 10, 64, 64, 7, 7), gru_rcn(4, 10, 64, 64, 28, 28), gru_rcn(16, 10, 256, 256, 14, 14)]
 
 
 def floors() -> str:
-    """What a training step takes at least on a GPU: bytes over bandwidth, or FLOP over the products' rate."""
+    """What a training step takes at least on a GPU: bytes over bandwidth, or FLOP over the products' rate, in float32
+    without and with tf32, and in bfloat16."""
     lines = ["| training step | MB | GFLOP | " + " | ".join(f"{name}, us" for name in DEVICES) + " |"]
     lines.append("| --- " * (3 + len(DEVICES)) + "|")
     for case in FLOORS:
         work = case.work("step")
         cells = []
-        for bandwidth, bf16, tf32 in DEVICES.values():
+        for bandwidth, *rates in DEVICES.values():
             # float32 moves twice what bfloat16 does; a scan's arithmetic is no product, and hides behind its bytes
-            full, half = work.bytes / bandwidth / 1e3, work.bytes / 2 / bandwidth / 1e3
+            moved = [work.bytes / share / bandwidth / 1e3 for share in (1, 1, 2)]
             if case.op == "gru_rcn":
-                full, half = max(full, work.flop / tf32 / 1e6), max(half, work.flop / bf16 / 1e6)
-            cells.append(f"{full:.0f} / {half:.0f}")
+                moved = [max(us, work.flop / rate / 1e6) for us, rate in zip(moved, rates, strict=True)]
+            cells.append(" / ".join(f"{us:.0f}" for us in dict.fromkeys(moved)))
         lines.append(
             f"| {case.op} {case.shape} | {work.bytes / 1e6:.1f} | {work.flop / 1e9:.2f} | {' | '.join(cells)} |"
         )

@@ -18,7 +18,7 @@ LEGEND = (
     "take; rates: of the last pass shown. Yellow "
     "errors: inexact by nature."
 )
-NAMES = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE.items()}
+LIMITS = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE.items()}
 
 
 def show(results: Results, console: Console) -> None:
@@ -68,7 +68,7 @@ def line(results: Results, passes: dict[str, Row]) -> list[str | Text]:
         row = passes.get("stream" if what == "forward" and "stream" in passes else what)
         cells.append(time(row) if row else "")
         cells.append(Text(ratio(row.speedup), style=colour(row) if ours else "") if row else "")
-    exact = last.error <= NAMES[last.dtype]
+    exact = last.error <= LIMITS[last.dtype]
     return [
         *cells,
         "/".join(ratio(results.floors(passes[what])) for what in ("forward", "stream", "step") if what in passes),
@@ -96,9 +96,7 @@ def ratio(speedup: float | None) -> str:
 
 def colour(row: Row) -> str:
     """Green or red where the spread of the ratio lies on one side of 1."""
-    if row.speedup is None:
-        return ""
-    return "green" if row.speedup_p20 > 1 else "red" if row.speedup_p80 < 1 else ""
+    return {"faster": "green", "slower": "red"}.get(row.verdict, "")
 
 
 def megabytes(count: int | None) -> str:
@@ -107,11 +105,23 @@ def megabytes(count: int | None) -> str:
 
 def summary(results: Results) -> Text:
     """How often convrnn is faster than every baseline, how often it is not, and by how much."""
-    rows = [row for row in results.rows if row.provider == OURS and row.speedup is not None]
-    lost = [row for row in rows if row.speedup < 1]
-    text = Text(f"{OURS} is faster than the best baseline in {len(rows) - len(lost)} of {len(rows)} measurements")
-    for row in sorted(lost, key=lambda row: row.speedup):
-        text.append(
-            f"\n  slower: {row.case}, {row.what}: {row.speedup:.2f} ({row.speedup_p20:.2f}-{row.speedup_p80:.2f})"
-        )
+    rows = [row for row in results.rows if row.ours and row.verdict]
+    text = Text(verdicts(rows))
+    for row in sorted(rows, key=lambda row: row.speedup):
+        if row.verdict != "faster":
+            where = row.provider.removeprefix(OURS)
+            text.append(f"\n  {row.verdict}: {row.case}, {row.what}{where}: {row.speedup:.2f} ({spread(row)})")
     return text
+
+
+def verdicts(rows: list[Row]) -> str:
+    """A sentence: in how many of ``rows`` convrnn is faster than the best baseline, slower, or neither."""
+    found = [row.verdict for row in rows]
+    return (
+        f"Faster than the best baseline in {found.count('faster')} of {len(found)} measurements, slower in "
+        f"{found.count('slower')}, undecided (the spread holds 1) in {found.count('undecided')}."
+    )
+
+
+def spread(row: Row) -> str:
+    return f"{ratio(row.speedup_p20)}-{ratio(row.speedup_p80)}"

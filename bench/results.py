@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import statistics
 from dataclasses import dataclass, field
@@ -64,6 +65,18 @@ class Row:
         return quantile(self.samples_ms, 0.8)
 
     @property
+    def ours(self) -> bool:
+        """convrnn as it is called, in a CUDA graph or not; under torch.compile it is another way to run it."""
+        return self.provider.removesuffix(GRAPH) == OURS
+
+    @property
+    def verdict(self) -> str:
+        """On which side of 1 the spread of the speed-up lies: "faster", "slower" or "undecided"; "" without a baseline."""
+        if self.speedup is None:
+            return ""
+        return "faster" if self.speedup_p20 > 1 else "slower" if self.speedup_p80 < 1 else "undecided"
+
+    @property
     def gb_s(self) -> float:
         return self.bytes / self.ms / 1e6
 
@@ -83,13 +96,17 @@ class Refusal:
 
 @dataclass
 class Results:
-    """A run: the machine, its measured peaks (copy in GB/s, dtypes in GFLOP/s), rows, refusals."""
+    """A run: the machine, its measured peaks (copy in GB/s, dtypes in GFLOP/s), rows, refusals.
+
+    ``options`` says what was asked for, and how many seconds it took.
+    """
 
     machine: dict[str, Any]
     peaks: dict[str, float]
     rows: list[Row] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     complete: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     def copy_share(self, row: Row) -> float:
         return row.gb_s / self.peaks["copy"]
@@ -114,6 +131,10 @@ class Results:
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({name: self.cell(row, name) for name in CSV_COLUMNS})
+
+    def digest(self) -> str:
+        """A name for this content: pictures carry it, so that one of other results is found out."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def cell(self, row: Row, name: str) -> object:
         value = getattr(self, name)(row) if name in ("copy_share", "peak_share", "floors") else getattr(row, name)
@@ -140,23 +161,32 @@ def quantile(samples: list[float], q: float) -> float:
     return float(np.quantile(samples, q, method="weibull"))
 
 
+def best_baseline(row: Row, rows: list[Row]) -> Row | None:
+    """The fastest of ``rows`` to which ``row`` is compared: same case and pass, in a CUDA graph as it is or not."""
+    rivals = [
+        other
+        for other in rows
+        if (other.case, other.what, other.provider.endswith(GRAPH))
+        == (row.case, row.what, row.provider.endswith(GRAPH))
+        and OURS not in other.provider
+    ]
+    return min(rivals, key=lambda other: other.ms, default=None)
+
+
 def add_speedups(rows: list[Row]) -> None:
-    """Fills in the speed-ups of rows that share a case and a pass: the best baseline's time over each row's.
+    """Fills in the speed-ups of ``rows``: the best baseline's time over each row's.
 
     A ratio is taken within each sweep, so that what slows the whole machine for a while cancels. A CUDA graph runs without
-    launches, and from a warm cache: its rows are compared among themselves.
+    launches: its rows are compared among themselves.
     """
-    for graph in (False, True):
-        group = [row for row in rows if row.provider.endswith(GRAPH) == graph]
-        baselines = [row for row in group if OURS not in row.provider]
-        if not baselines:
+    for row in rows:
+        best = best_baseline(row, rows)
+        if best is None:
             continue
-        best = min(baselines, key=lambda row: row.ms)
         samples: dict[int, list[float]] = {}
         for ms, sweep in zip(best.samples_ms, best.sweeps, strict=True):
             samples.setdefault(sweep, []).append(ms)
         reference = {sweep: statistics.median(found) for sweep, found in samples.items()}
-        for row in group:
-            ratios = [reference.get(sweep, best.ms) / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
-            row.speedup = statistics.median(ratios)
-            row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)
+        ratios = [reference.get(sweep, best.ms) / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
+        row.speedup = statistics.median(ratios)
+        row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)

@@ -109,6 +109,8 @@ class Bench:
             RuntimeError: it ended before it was through.
         """
         wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is the other process's now
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
@@ -134,34 +136,35 @@ class Bench:
         for name, provider in problem.providers.items():
             try:
                 error = measure.error(case, problem, provider, expected(provider))
-                limit = measure.tolerance(case, provider)
-                if not error <= limit:
-                    self.refuse(subject, name, f"wrong: relative error {error:.1e}, allowed {limit:.0e}")
+                if wrong := measure.complaint(error, case, provider):
+                    self.refuse(subject, name, f"wrong: {wrong}")
                     continue
-                # What is compiled for training has a backward that frees its buffers: it cannot run again by itself.
-                for what in case.passes if provider.inference else ("step",):
-                    self.add_row(subject, problem, name, what, error)
+                for what in case.passes:
+                    if what != "backward" or provider.retains:
+                        self.add_row(subject, problem, name, what, error)
+                if self.device.type == "cuda" and not name.startswith(COMPILED):
+                    self.add_graphs(subject, problem, name, expected(provider))
             except Exception as exception:  # noqa: BLE001  any provider may fail: reported, and the run ends non-zero
                 self.refuse(subject, name, f"{type(exception).__name__}: {exception}")
-        if self.device.type == "cuda":
-            self.add_graphs(subject, problem)
         return subject
 
     def refuse(self, subject: Subject, name: str, reason: str) -> None:
         self.results.refused.append(Refusal(subject.case.name, name, reason))
         subject.rows = {key: row for key, row in subject.rows.items() if key[0] != name}
 
-    def add_graphs(self, subject: Subject, problem: Problem) -> None:
+    def add_graphs(self, subject: Subject, problem: Problem, name: str, expected: dict[str, torch.Tensor]) -> None:
         """The same passes in a CUDA graph; not backward, which runs on its forward's stream, outside the capture."""
-        for (name, what), row in list(subject.rows.items()):
-            if what == "backward" or name.startswith(COMPILED):
-                continue
-            try:
-                measure.clock(measure.task(what, problem.providers[name], problem), self.device, graph=True)
-            except RuntimeError as exception:
-                self.results.refused.append(Refusal(subject.case.name, name + GRAPH, f"{what}: {exception}"))
-            else:
-                self.add_row(subject, problem, name + GRAPH, what, row.error)
+        case, provider = subject.case, problem.providers[name]
+        try:
+            error = measure.error(case, problem, provider, expected, graph=True)
+            if wrong := measure.complaint(error, case, provider):
+                raise RuntimeError(f"wrong: {wrong}")
+            for what in case.passes:
+                if what != "backward":
+                    measure.captured(measure.task(what, provider, problem))
+                    self.add_row(subject, problem, name + GRAPH, what, error)
+        except RuntimeError as exception:
+            self.refuse(subject, name + GRAPH, str(exception))
 
     def add_row(self, subject: Subject, problem: Problem, name: str, what: str, error: float) -> None:
         case, work = subject.case, subject.case.work(what)
@@ -196,9 +199,10 @@ def concrete(case: Case, effort: Effort, device: torch.device) -> Problem:
 
 def timed(case: Case, problem: Problem, keys: list[Key], effort: Effort, device: torch.device) -> Turns:
     """One sweep's turns of the passes in ``keys``, and of the case's floors."""
-    tasks = {
-        (name, what): measure.task(what, problem.providers[name.removesuffix(GRAPH)], problem) for name, what in keys
-    }
+    tasks = {}
+    for name, what in keys:
+        task = measure.task(what, problem.providers[name.removesuffix(GRAPH)], problem)
+        tasks[name, what] = measure.captured(task)[0] if name.endswith(GRAPH) else task
     tasks |= {(FLOOR, what): task for what, task in problem.floors.items() if what in case.passes}
     return measure.by_turns(tasks, effort.rounds, device)
 

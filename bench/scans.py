@@ -11,7 +11,6 @@ from convrnn import reference
 
 from .case import OURS, STREAM, Case, Problem, Work, adding, convolution_work, elementwise
 from .providers import (
-    LOG_SPACE_TOLERANCE,
     FirstOutput,
     PlainBidirectional,
     PlainStack,
@@ -20,6 +19,7 @@ from .providers import (
     equal_gru,
     log_space,
     log_space_scan,
+    log_space_tolerance,
     peers,
     sequential_mingru,
     time_loop,
@@ -37,8 +37,8 @@ def mingru(*shape: int, dtype: torch.dtype = torch.float32, others: tuple[str, .
         providers = {OURS: Provider(lambda gate_hidden: convrnn.mingru(gate_hidden)[0])}
         if steps <= LOOP_STEPS:
             providers["time loop"] = Provider(time_loop, compile=False)
-        providers["log space"] = Provider(log_space(), tolerance=LOG_SPACE_TOLERANCE)
-        providers |= {name: provider for name, provider in peers().items() if name in others}
+        providers["log space"] = Provider(log_space(), tolerance=log_space_tolerance(steps))
+        providers |= {name: provider for name, provider in peers(steps).items() if name in others}
         return Problem(
             [gate_hidden], lambda gate_hidden: reference.mingru(gate_hidden)[0], providers, adding(gate_hidden)
         )
@@ -58,13 +58,16 @@ def log_scan(*shape: int, dtype: torch.dtype = torch.float32, **options: object)
         def loop(log_a: Tensor, log_b: Tensor) -> Tensor:
             return reference.log_scan(log_a, log_b).exp()
 
+        def log_space_in_float32(log_a: Tensor, log_b: Tensor) -> Tensor:
+            return log_space_scan(log_a.float(), log_b.float()).to(log_a.dtype)
+
         return Problem(
             [log_a, log_b],
             loop,
             {
                 OURS: Provider(convrnn.parallel_scan_log),
-                "time loop": Provider(loop),
-                "log space": Provider(log_space_scan, tolerance=LOG_SPACE_TOLERANCE),
+                "time loop": Provider(loop, compile=False),
+                "log space": Provider(log_space_in_float32, tolerance=log_space_tolerance(steps)),
             },
         )
 
@@ -73,18 +76,21 @@ def log_scan(*shape: int, dtype: torch.dtype = torch.float32, **options: object)
 
 
 def stack_problem(x: Tensor, stack: nn.Module) -> Problem:
+    steps = x.shape[1]
     return Problem(
         [x],
         PlainStack(stack, lambda gate_hidden: reference.mingru(gate_hidden)[0]),
         {
             OURS: Provider(FirstOutput(stack)),
-            "time loop": Provider(PlainStack(stack, time_loop)),
-            "log space": Provider(PlainStack(stack, log_space()), tolerance=LOG_SPACE_TOLERANCE),
+            "time loop": Provider(PlainStack(stack, time_loop), compile=False),
+            "log space": Provider(PlainStack(stack, log_space()), tolerance=log_space_tolerance(steps)),
         },
     )
 
 
-def mingru_module(*shape: int, layers: int = 1, gru: bool = True, **options: object) -> Case:
+def mingru_module(
+    *shape: int, layers: int = 1, gru: bool = True, dtype: torch.dtype = torch.float32, **options: object
+) -> Case:
     """Stacked minGRU, as many features in as out, (B, T, C)."""
     batch, steps, features = shape
 
@@ -98,11 +104,13 @@ def mingru_module(*shape: int, layers: int = 1, gru: bool = True, **options: obj
         return problem
 
     weights = 2 * features * features
-    work = convolution_work(torch.float32, batch * steps, 1, 2 * batch * steps * features, layers * weights)
-    return Case("MinGRU" + (f" x{layers}" if layers > 1 else ""), shape, build, *work, group="module", **options)
+    work = convolution_work(dtype, batch * steps, 1, 2 * batch * steps * features, layers * weights)
+    return Case("MinGRU" + (f" x{layers}" if layers > 1 else ""), shape, build, *work, dtype, group="module", **options)
 
 
-def minconv_module(*shape: int, hidden: tuple[int, ...] = (16, 32, 64), **options: object) -> Case:
+def minconv_module(
+    *shape: int, hidden: tuple[int, ...] = (16, 32, 64), dtype: torch.dtype = torch.float32, **options: object
+) -> Case:
     """Stacked convolutional minGRU with residuals, each layer halving the frame, input (B, T, C, H, W)."""
     batch, steps, channels, height, width = shape
 
@@ -119,12 +127,12 @@ def minconv_module(*shape: int, hidden: tuple[int, ...] = (16, 32, 64), **option
     for level, size in enumerate(hidden, 1):
         pixels = (height >> level) * (width >> level)
         moved = batch * steps * (4 * pixels * below + pixels * size)
-        layer = convolution_work(torch.float32, batch * steps, pixels, moved, 9 * 3 * below * size)
+        layer = convolution_work(dtype, batch * steps, pixels, moved, 9 * 3 * below * size)
         forward, backward, below = forward + layer[0], backward + layer[1], size
-    return Case("MinConv2dGRU", shape, build, forward, backward, group="module", **options)
+    return Case("MinConv2dGRU", shape, build, forward, backward, dtype, group="module", **options)
 
 
-def bidirectional_module(*shape: int, **options: object) -> Case:
+def bidirectional_module(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
     """Bidirectional minGRU, (B, T, C)."""
     batch, steps, features = shape
 
@@ -141,12 +149,12 @@ def bidirectional_module(*shape: int, **options: object) -> Case:
             {
                 OURS: Provider(FirstOutput(convrnn.Bidirectional(*rnns))),
                 "time loop": Provider(plain(time_loop)),
-                "log space": Provider(plain(log_space()), tolerance=LOG_SPACE_TOLERANCE),
+                "log space": Provider(plain(log_space()), tolerance=log_space_tolerance(steps)),
             },
         )
 
-    work = convolution_work(torch.float32, batch * steps, 1, 3 * batch * steps * features, 4 * features * features)
-    return Case("Bidirectional", shape, build, *work, group="module", **options)
+    work = convolution_work(dtype, batch * steps, 1, 3 * batch * steps * features, 4 * features * features)
+    return Case("Bidirectional", shape, build, *work, dtype, group="module", **options)
 
 
 class StreamingCell(nn.Module):
@@ -190,7 +198,7 @@ def mingru_stream(*shape: int, dtype: torch.dtype = torch.float32, **options: ob
     return Case("mingru", shape, build, work, Work(0, 0), dtype, group="streaming", passes=STREAM, **options)
 
 
-def cell_stream(*shape: int, **options: object) -> Case:
+def cell_stream(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
     """One step of MinGRUCell (B, 1, C) or MinConv2dGRUCell (B, 1, C, H, W), as many features in as out."""
     batch, _, features, *size = shape
 
@@ -209,6 +217,6 @@ def cell_stream(*shape: int, **options: object) -> Case:
 
     pixels = torch.Size(size).numel()
     weights = (9 if size else 1) * 2 * features * features
-    forward, _ = convolution_work(torch.float32, batch, pixels, 3 * batch * pixels * features, weights)
+    forward, _ = convolution_work(dtype, batch, pixels, 3 * batch * pixels * features, weights)
     op = "MinConv2dGRUCell" if size else "MinGRUCell"
-    return Case(op, shape, build, forward, Work(0, 0), group="streaming", passes=STREAM, **options)
+    return Case(op, shape, build, forward, Work(0, 0), dtype, group="streaming", passes=STREAM, **options)

@@ -13,11 +13,11 @@ from torch import nn
 import convrnn
 from bench import __main__ as cli
 from bench import cases, measure, run
-from bench.case import OURS
+from bench.case import GRAPH, OURS
 from bench.cases import all_cases
-from bench.providers import Provider, equal_gru, log_space, peers
-from bench.results import Results, Row, add_speedups, load
-from bench.scans import mingru, mingru_module
+from bench.providers import Provider, compiled, equal_gru, log_space, peers
+from bench.results import Results, Row, add_speedups, best_baseline, load
+from bench.scans import mingru, mingru_module, mingru_stream
 from convrnn import reference
 
 pytestmark = pytest.mark.compiled
@@ -67,6 +67,8 @@ def test_every_op_and_module_is_measured():
     ops = {case.op.split()[0] for case in all_cases()}
     assert ops >= {"mingru", "log_scan", "gru_gates", "gru_update", "gru_rcn"}
     assert ops >= {name for name in convrnn.__all__ if isinstance(getattr(convrnn, name), type)}
+    half = {case.op for case in all_cases() if case.dtype == torch.bfloat16 and not case.exhaustive}
+    assert half >= {op for op in ops if not op.endswith("Cell")}
 
 
 def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
@@ -134,11 +136,53 @@ def test_interrupted_keeps_what_it_measured(brief, monkeypatch, tmp_path):
     assert {row.shape for row in results.rows} == {(2, 6, 4)}
 
 
+def test_interrupted_at_once_leaves_the_last_results(brief, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "timed", interrupt)
+    (tmp_path / "run.json").write_text("the last")
+    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 130
+    assert (tmp_path / "run.json").read_text() == "the last"
+
+
+def test_a_failure_in_the_middle_keeps_and_shows_what_was_measured(brief, monkeypatch, tmp_path, capsys):
+    timed = run.timed
+
+    def fail(case, *arguments):
+        if case.shape == (1, 1, 3):
+            raise torch.OutOfMemoryError("no memory left")
+        return timed(case, *arguments)
+
+    monkeypatch.setattr(run, "timed", fail)
+    assert cli.main(["--quick", "--output", str(tmp_path / "run.json")]) == 1
+    assert {row.shape for row in load(tmp_path / "run.json").rows} == {(2, 6, 4)}
+    out = capsys.readouterr().out
+    assert "failed no memory left" in out and "mingru (2, 6, 4)" in out and "interrupted" in out
+
+
 def test_list_and_a_pattern_that_matches_nothing(capsys):
     assert cli.main(["--list", "--only", "^log_scan"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "log_scan (16, 256, 512) float32"
     assert cli.main(["--only", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err
+    for only in (SMALL, "(1, 64, 64) float32", "mingru \\(1, 64, "):  # a name, a part that is no pattern, a pattern
+        assert cli.main(["--list", "--only", only]) == 0
+        assert SMALL in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("options", [["--threads", "0"], ["--threads", "9999"], ["--threads", "x"]])
+def test_more_threads_than_processors_are_refused(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(options)
+    assert "processors of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_further_sweeps_add_to_every_row(two_sweeps, tmp_path):
@@ -203,6 +247,11 @@ def test_gru_has_as_many_parameters():
         assert count == pytest.approx(2 * hidden * (features + 1), rel=0.02)
 
 
+def test_a_compiled_module_keeps_the_names_of_its_parameters():
+    for provider in mingru_module(1, 4, 4).problem(CPU).providers.values():
+        assert measure.parameters(compiled(provider).run).keys() == measure.parameters(provider.run).keys()
+
+
 def test_a_modules_step_moves_no_weight():
     problem = mingru_module(2, 5, 4).problem(CPU)
     for provider in problem.providers.values():
@@ -216,7 +265,7 @@ def test_a_modules_step_moves_no_weight():
 
 @pytest.mark.parametrize("name", ["accelerated-scan ref", "minGRU-pytorch", "mingru-scans"])
 def test_peers_compute_the_same(name):
-    provider = peers().get(name)
+    provider = peers(10).get(name)
     if provider is None:
         pytest.skip(f"{name} is not installed")
     x = torch.randn(2, 10, 6)
@@ -227,9 +276,47 @@ def test_peers_compute_the_same(name):
 def test_cuda_clock_asks_triton(monkeypatch):
     testing = pytest.importorskip("triton.testing")
     calls = []
-    for name in ("do_bench", "do_bench_cudagraph"):
-        monkeypatch.setattr(testing, name, lambda task, name=name, **options: calls.append((name, options)) or 1.5)
-    cuda = torch.device("cuda")
-    assert measure.clock(lambda: None, cuda, graph=False) == measure.clock(lambda: None, cuda, graph=True) == 1.5
-    assert [name for name, _ in calls] == ["do_bench", "do_bench_cudagraph"]
-    assert all(options["return_mode"] == "median" for _, options in calls)
+    monkeypatch.setattr(testing, "do_bench", lambda task, **options: calls.append(options) or 1.5)
+    assert measure.clock(lambda: None, torch.device("cuda")) == 1.5
+    assert [options["return_mode"] for options in calls] == ["median"]
+
+
+def imitated(compute):
+    """``measure.captured`` without a GPU: a replay computes anew, into the tensors of the first result."""
+    found = compute()
+
+    def replay():
+        with torch.inference_mode():
+            for x, now in zip(found, compute(), strict=True):
+                x.copy_(now)
+
+    return replay, found
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("case", [TINY, mingru_stream(2, 1, 4), mingru_module(2, 5, 4)], ids=lambda case: case.op)
+def test_what_a_graph_leaves_is_checked(monkeypatch, case, empty):
+    """An empty graph, of a kernel that went to another stream, leaves nothing and takes no time at all."""
+    monkeypatch.setattr(measure, "captured", lambda compute: (lambda: None, compute()) if empty else imitated(compute))
+    problem = case.problem(CPU)
+    bench, subject = run.Bench([case], run.EFFORTS["quick"], CPU), run.Subject(case)
+    bench.add_row(subject, problem, OURS, case.passes[0], 0.0)
+    expected = measure.truths(problem, training="step" in case.passes)(problem.providers[OURS])
+    monkeypatch.setattr(measure, "task", lambda what, *_: list)
+    bench.add_graphs(subject, problem, OURS, expected)
+    found = [what for name, what in subject.rows if name == OURS + GRAPH]
+    assert found == ([] if empty else [what for what in case.passes if what != "backward"])
+    assert (OURS, case.passes[0]) in subject.rows  # as it is called it stays
+    assert [refusal.reason[:25] for refusal in bench.results.refused] == ["wrong: relative error inf"] * empty
+
+
+def test_graphs_are_compared_among_themselves():
+    def row(provider, ms):
+        return Row("c", "op", (1,), "float32", "op", provider, "step", [ms], [0], flop=1, bytes=1, error=0.0)
+
+    rows = [row(OURS, 4.0), row("plain", 6.0), row(OURS + GRAPH, 2.0), row("plain" + GRAPH, 1.0)]
+    add_speedups(rows)
+    assert [row.speedup for row in rows] == [1.5, 1.0, 0.5, 1.0]
+    assert [best_baseline(row, rows).provider for row in rows] == ["plain", "plain", "plain" + GRAPH, "plain" + GRAPH]
+    assert [row.ours for row in rows] == [True, False, True, False]
+    assert [row.verdict for row in rows] == ["faster", "undecided", "slower", "undecided"]

@@ -29,6 +29,8 @@ class Noisy(compare.Worker):
     def __init__(self, random: random.Random, factor: float) -> None:
         self.random, self.factor, self.replies = random, factor, []
 
+    alive = True
+
     def close(self) -> None:
         pass
 
@@ -103,14 +105,85 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 )
 def test_what_cannot_be_compared_is_listed(compared, base, current, verdict, tmp_path):
     class Broken(Noisy):
+        ready = False
+
         def receive(self):
-            return (base, current)[self.factor]
+            if self.ready:
+                return (base, current)[self.factor]
+            self.ready = True
+            return {}
 
     rows = compared(lambda side: Broken(random.Random(0), side))
     assert [row.verdict for row in rows] == [verdict]
     assert compare.table(rows).row_count == 1 and verdict in compare.summary(rows)
     compare.save(tmp_path / "compare.json", rows, base={})
     assert json.loads((tmp_path / "compare.json").read_text())["rows"][0]["verdict"] == verdict
+
+
+class Mortal(Noisy):
+    """Its process ends when it is asked to time the case "0"."""
+
+    made = 0
+
+    def __init__(self, side: int) -> None:
+        super().__init__(random.Random(0), 1.0)
+        self.dead = False
+        type(self).made += 1
+
+    @property
+    def alive(self) -> bool:
+        return not self.dead
+
+    def send(self, **request) -> None:
+        if "case" in request:
+            self.case = request["case"]
+        elif self.case == "0":
+            self.dead = True
+        super().send(**request)
+
+    def receive(self) -> dict:
+        return {"failure": "its process ended with status -11"} if self.dead else super().receive()
+
+
+def test_a_kernel_that_kills_its_process_fails_its_case_alone(compared):
+    rows = compared(lambda side: Mortal(side) if side == compare.CURRENT else Noisy(random.Random(0), 1.0), 3)
+    assert rows[0].verdict == "failed" and "-11" in rows[0].note
+    assert all(row.series and not row.problem for row in rows[1:])
+    assert Mortal.made == 2
+
+
+@pytest.fixture
+def ended(monkeypatch, tmp_path):
+    """The status of a comparison whose rows come from ``run``, which may raise."""
+
+    def main(run) -> int:
+        monkeypatch.setattr(compare.builds, "build_commit", lambda commit: tmp_path)
+        monkeypatch.setattr(compare.builds, "build_checkout", lambda: tmp_path)
+        monkeypatch.setattr(compare, "OUTPUT", tmp_path / "compare.json")
+        monkeypatch.setattr(compare.Comparison, "run", run)
+        return compare.main(["HEAD", "--threads", "1"])
+
+    head()
+    return main
+
+
+def test_interrupted_while_it_repeats_is_no_verdict(ended, capsys):
+    def run(self, cases):
+        self.rows = [compare.Row("a", "forward", [[(1.0, 1.2)] * 11])]
+        raise KeyboardInterrupt
+
+    assert ended(run) == compare.INTERRUPTED
+    assert "unclear" in capsys.readouterr().out and compare.OUTPUT.exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "status"), [("", 0), ("not in base", 2), ("wrong in base", 0), ("wrong", 1), ("failed", 1)]
+)
+def test_the_status_says_what_was_found(ended, problem, status):
+    def run(self, cases):
+        self.rows = [compare.Row("a", "forward", [] if problem else [[(1.0, 1.0)] * 11], problem)]
+
+    assert ended(run) == status
 
 
 def head() -> str:
@@ -121,8 +194,15 @@ def head() -> str:
 
 
 def results(path: Path, commit: str | None) -> str:
-    path.write_text(json.dumps({"machine": {"commit": commit}}))
+    path.write_text(json.dumps({"machine": {"commit": commit, "torch": "1.0"}, "peaks": {}, "rows": []}))
     return str(path)
+
+
+def test_a_file_of_another_machine_is_pointed_out(tmp_path):
+    file = results(tmp_path / "cpu.json", head()[:12])
+    stamp = {"device": "d", "kind": "cpu", "threads": 2, "torch": "2.0", "triton": None}
+    assert builds.differences(file, stamp) == [f"{file} was measured with torch '1.0', not '2.0'"]
+    assert builds.differences("main", stamp) == []
 
 
 def test_a_base_is_a_ref_or_a_results_file(tmp_path):
@@ -134,7 +214,8 @@ def test_a_base_is_a_ref_or_a_results_file(tmp_path):
     [
         ("{}", "is not a results file"),
         ("[", "is not a results file"),
-        ('{"machine": {"commit": null}}', "names no commit"),
+        ('{"machine": {"commit": null}, "peaks": {}, "rows": []}', "names no commit"),
+        ('{"machine": {"commit": "HEAD"}, "rows": []}', "is not a results file"),
     ],
 )
 def test_a_file_that_names_no_commit_is_refused(tmp_path, content, message):
@@ -192,7 +273,6 @@ def test_a_process_takes_nothing_from_the_checkout(package, capfd):
     """Without its kernels/ the copy is incomplete, and the editable install must not fill the gap."""
     shutil.rmtree(package / "convrnn" / "kernels")
     worker = compare.Worker(package, "cpu", 1)
-    with pytest.raises(Unusable, match="ended with status 1"):
-        worker.receive()
+    assert worker.receive() == {"failure": "its process ended with status 1"} and not worker.alive
     worker.close()
     assert "convrnn.kernels is missing" in capfd.readouterr().err

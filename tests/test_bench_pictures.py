@@ -78,7 +78,7 @@ def names(paths: list[Path]) -> list[str]:
 @pytest.fixture
 def unsaved(monkeypatch):
     """Figures made, and not rendered, which is what takes time."""
-    monkeypatch.setattr(pictures, "save", lambda figure, path: None)
+    monkeypatch.setattr(pictures, "save", lambda figure, path, **about: None)
 
 
 def test_every_picture_is_a_small_png_that_is_900_pixels_wide_or_more(tmp_path, capsys):

@@ -62,7 +62,7 @@ def ops() -> Iterator[Case]:
     yield gru_rcn(2, 10, 256, 256, 14, 14)
     yield gru_rcn(1, 16, 3, 16, 64, 64)
     yield gru_rcn(1, 64, 16, 16, 14, 14)
-    yield gru_rcn(1, 8, 32, 32, 56, 56)
+    yield gru_rcn(1, 8, 32, 32, 56, 56, exhaustive=True)
     yield gru_rcn(16, 2, 16, 32, 14, 14, compile=True)  # unrolled: every step costs seconds to compile
     yield gru_rcn(2, 4, 5, 32, 8, 8, dtype=BF16)
 

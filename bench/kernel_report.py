@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine
+from .case import OURS
 from .pictures import BLUE, GREY, ORANGE, PINK, STYLE, WIDTH, save
 from .readme import DEVICES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = machine.ROOT / "bench" / "results"
-OURS = "convrnn"
-CHUNKED = "convrnn, T in chunks"
+CHUNKED = f"{OURS}, T in chunks"
 LEGEND = (
     "Triples: sm_80 / sm_90 / sm_100. Registers: of a thread, of the variant that takes most. Occupancy: share of 64 warps "
     "of a multiprocessor, min(65,536 / (registers x 32, in units of 256, x warps), 64 / warps, shared memory / (a "

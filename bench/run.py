@@ -139,7 +139,8 @@ class Bench:
         expected = measure.truths(problem, training="step" in case.passes)
         for name, provider in problem.providers.items():
             try:
-                error = measure.error(case, problem, provider, expected(provider))
+                results = expected(provider)
+                error = measure.error(case, problem, provider, results)
                 if wrong := measure.complaint(error, case, provider):
                     self.refuse(subject, name, f"wrong: {wrong}")
                     continue
@@ -147,7 +148,7 @@ class Bench:
                     if what != "backward" or provider.retains:
                         self.add_row(subject, problem, name, what, error)
                 if self.device.type == "cuda" and not name.startswith(COMPILED):
-                    self.add_graphs(subject, problem, name, expected(provider))
+                    self.add_graphs(subject, problem, name, results)
             except Exception as exception:  # noqa: BLE001  any provider may fail: reported, and the run ends non-zero
                 self.refuse(subject, name, f"{type(exception).__name__}: {exception}")
         return subject

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 import convrnn
 from examples import pictures
 from examples.trainer import BEST, Plan, Processes, Trainer, add_training_options, check_run
-from examples.training import UserError, exit_code, load_checkpoint, pick_device, read_json, seed_everything
+from examples.training import (
+    UserError,
+    add_run_options,
+    command,
+    exit_code,
+    load_checkpoint,
+    load_config,
+    pick_device,
+    seed_everything,
+)
 
 RUN = Path("runs/language_model")
 EMBEDDED = "pydoc_data.topics"
@@ -245,12 +254,11 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError(f"--temperature must be positive, got {args.temperature}")
     if not args.prompt:
         raise UserError("--prompt must hold at least one character")
-    device, path = pick_device(args.device), args.run / "config.json"
-    config = read_json(path)
-    try:
-        kind, model = config["tokens"], LanguageModel(ModelConfig(**config["model"])).to(device).eval()
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of a language model: {error}") from error
+    device = pick_device(args.device)
+    kind, model = load_config(
+        args.run, "a language model", lambda saved: (saved["tokens"], LanguageModel(ModelConfig(**saved["model"])))
+    )
+    model.to(device).eval()
     tokenizer: Tokenizer = BytePairs(kind["bpe"]) if kind["bpe"] else Characters(kind["alphabet"])
     load_checkpoint(args.run / BEST, model, device)
     prompt = tokenizer.encode(args.prompt)
@@ -275,12 +283,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="python -m examples.language_model", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
-    shown = argparse.ArgumentDefaultsHelpFormatter
 
-    text = "Train on a text; prints perplexity and a sample at each interval."
-    sub = commands.add_parser("train", help=text, description=text, formatter_class=shown)
-    sub.set_defaults(function=train)
-    add = sub.add_argument
+    add = command(commands, "train", train, "Train on a text; prints perplexity and a sample at each interval.")
     add("--text", type=Path, help=f"a text file in UTF-8; None: {EMBEDDED}, which comes with Python")
     add("--bpe", help=f"GPT-2's byte pairs: a folder with its files, or '{BPE_PACKAGE}'; None: characters")
     add("--val-fraction", type=float, default=0.1, help="share of the text, at its end, to validate on")
@@ -294,12 +298,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sample-tokens", type=int, default=120, help="tokens of a sample")
     add_training_options(add, RUN, batch_size=16, lr=3e-3, weight_decay=0.1)
 
-    text = "Write text with a trained model, token by token."
-    sub = commands.add_parser("sample", help=text, description=text, formatter_class=shown)
-    sub.set_defaults(function=sample)
-    add = sub.add_argument
-    add("--run", type=Path, default=RUN, help="folder of the run that was trained")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add = command(commands, "sample", sample, "Write text with a trained model, token by token.")
+    add_run_options(add, RUN)
     add("--prompt", default="The ", help="text to go on from")
     add("--num-tokens", type=int, default=512, help="tokens to write")
     add("--temperature", type=float, default=0.8, help="below 1: likelier tokens; above: more surprising ones")

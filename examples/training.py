@@ -5,10 +5,11 @@ import math
 import os
 import random
 import sys
+from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -22,9 +23,12 @@ __all__ = [
     "Interrupted",
     "MetricsLog",
     "UserError",
+    "add_run_options",
+    "command",
     "exit_code",
     "learning_rate_factor",
     "load_checkpoint",
+    "load_config",
     "parameter_count",
     "pick_device",
     "progress",
@@ -34,6 +38,8 @@ __all__ = [
     "seed_everything",
     "write_text",
 ]
+
+Built = TypeVar("Built")
 
 
 class UserError(Exception):
@@ -136,6 +142,19 @@ def reserve(folder: Path, size: int) -> None:
         raise UserError(f"{folder} cannot hold {size / 1e6:.0f} MB of checkpoints: {error.strerror}") from error
 
 
+def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> Callable[..., Any]:
+    """Add a command to what ``add_subparsers`` gave; returns the function that adds its options."""
+    sub = commands.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
+    sub.set_defaults(function=function)
+    return sub.add_argument
+
+
+def add_run_options(add: Any, run: Path) -> None:
+    """The options of all commands that use a trained model."""
+    add("--run", type=Path, default=run, help="folder of the run that was trained")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, or leave the old one as it was."""
     with _replacing(path) as temporary:
@@ -150,6 +169,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) -> Built:
+    """What `build` makes of the config.json in the folder of a run, which must be that of a `kind`."""
+    path = run / "config.json"
+    saved = read_json(path)
+    try:
+        return build(saved)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of {kind}: {error}") from error
 
 
 class MetricsLog:

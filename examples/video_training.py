@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import pictures
 from examples.trainer import Plan, Processes, Trainer, check_run
-from examples.training import UserError, read_json, seed_everything
+from examples.training import UserError, load_config, seed_everything
 from examples.video_model import ModelConfig, VideoClassifier
 from examples.videos import ClipConfig, ClipDataset, Frames, SplitLists, Video, index_videos, read_lists, split_by_group
 
@@ -52,17 +53,12 @@ class RunConfig:
     @classmethod
     def load(cls, run: Path) -> "RunConfig":
         """The configuration of the run in a folder."""
-        path = run / "config.json"
-        saved = read_json(path)
-        try:
-            model, clip, train = (
-                ModelConfig(**saved["model"]),
-                ClipConfig(**saved["clip"]),
-                TrainConfig(**saved["train"]),
-            )
-            return cls(model, clip, train, saved["classes"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the configuration of a run: {error}") from error
+
+        def build(saved: dict[str, Any]) -> "RunConfig":
+            model, clip = ModelConfig(**saved["model"]), ClipConfig(**saved["clip"])
+            return cls(model, clip, TrainConfig(**saved["train"]), saved["classes"])
+
+        return load_config(run, "a run", build)
 
 
 def read_videos(folder: Path, listed: Sequence[tuple[str, int]], index: Path | None, kind: str) -> list[Video]:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import state_dtype
-from .math import acc_dtype, jit_kernel, program_lanes, stride
+from .math import WARP, acc_dtype, jit_kernel, program_lanes, stride
 
 # Bytes that must be on their way to each multiprocessor to keep its share of the memory busy: 2.3 MB on an H100.
 BYTES_IN_FLIGHT = 17_500
@@ -38,7 +38,6 @@ CARRIES_AHEAD = 16
 MIN_CHUNK, MAX_CHUNK = 32, 256
 MIN_CHUNKS = 4
 
-CARRY_LANES = 32  # of a program of one warp
 MAP_ARRAYS = tl.constexpr(3)
 
 
@@ -177,12 +176,12 @@ def launch_carries(
     """Run ``kernel`` with a warp for each 32 lanes of each sample: its walk waits for memory, not for lack of width, so
     a thread loads many maps of one lane ahead rather than a few of a vector of lanes."""
     with torch.cuda.device_of(like):
-        kernel[(like.shape[0] * triton.cdiv(lanes, CARRY_LANES),)](
+        kernel[(like.shape[0] * triton.cdiv(lanes, WARP),)](
             *operands,
             chunks,
             lanes,
             initial_stride_b,
-            BLOCK=CARRY_LANES,
+            BLOCK=WARP,
             ACC=acc_dtype(like),
             num_warps=1,
             **constexprs,

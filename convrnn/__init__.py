@@ -1,16 +1,37 @@
 """convrnn: convolutional recurrent layers for video in PyTorch, on fused kernels for CPU and GPU."""
 
 from . import nn, ops, reference
-from .nn import GRU_RCN, Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from .nn import (
+    GRU_RCN,
+    Bidirectional,
+    ConvGRU,
+    ConvGRU1d,
+    ConvGRU3d,
+    ConvGRUCell,
+    ConvGRUCell1d,
+    ConvGRUCell3d,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinGRU,
+    MinGRUCell,
+    SepConvGRUCell,
+)
 from .ops import gru_rcn, mingru, mingru_gate_hidden, parallel_scan_log
 
 __all__ = [
     "GRU_RCN",
     "Bidirectional",
+    "ConvGRU",
+    "ConvGRU1d",
+    "ConvGRU3d",
+    "ConvGRUCell",
+    "ConvGRUCell1d",
+    "ConvGRUCell3d",
     "MinConv2dGRU",
     "MinConv2dGRUCell",
     "MinGRU",
     "MinGRUCell",
+    "SepConvGRUCell",
     "gru_rcn",
     "mingru",
     "mingru_gate_hidden",

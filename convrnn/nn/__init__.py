@@ -1,8 +1,23 @@
 """Recurrent layers: parameters and convolutions here, the recurrences in :mod:`convrnn.ops`."""
 
 from .bidirectional import Bidirectional
+from .conv_gru import ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell, ConvGRUCell1d, ConvGRUCell3d, SepConvGRUCell
 from .conv_mingru import MinConv2dGRU, MinConv2dGRUCell
 from .gru_rcn import GRU_RCN
 from .mingru import MinGRU, MinGRUCell
 
-__all__ = ["GRU_RCN", "Bidirectional", "MinConv2dGRU", "MinConv2dGRUCell", "MinGRU", "MinGRUCell"]
+__all__ = [
+    "GRU_RCN",
+    "Bidirectional",
+    "ConvGRU",
+    "ConvGRU1d",
+    "ConvGRU3d",
+    "ConvGRUCell",
+    "ConvGRUCell1d",
+    "ConvGRUCell3d",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
+    "MinGRU",
+    "MinGRUCell",
+    "SepConvGRUCell",
+]

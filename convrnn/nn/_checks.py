@@ -3,7 +3,10 @@
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_TUPLES = {1: "a tuple of one", 2: "a pair (height, width)", 3: "a triple (depth, height, width)"}
 
 
 def as_int(name: str, value: Any, minimum: int) -> int:
@@ -19,13 +22,19 @@ def as_int(name: str, value: Any, minimum: int) -> int:
     return number
 
 
+def as_tuple(name: str, value: Any, minimum: int, dims: int) -> tuple[int, ...]:
+    """Returns an int, or a tuple with one for each of ``dims`` spatial dimensions, as the tuple."""
+    if not isinstance(value, (tuple, list)):
+        value = (value,) * dims
+    if len(value) != dims:
+        raise ValueError(f"{name} must be an int or {_TUPLES[dims]}, got {value!r}")
+    return tuple(as_int(name, entry, minimum) for entry in value)
+
+
 def as_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """Returns an int, or a (height, width) pair of them, as the pair."""
-    if not isinstance(value, (tuple, list)):
-        value = (value, value)
-    if len(value) != 2:
-        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
-    return as_int(name, value[0], minimum), as_int(name, value[1], minimum)
+    height, width = as_tuple(name, value, minimum, 2)
+    return height, width
 
 
 def as_sizes(name: str, value: Any) -> list[int]:
@@ -37,15 +46,60 @@ def as_sizes(name: str, value: Any) -> list[int]:
     return [as_int(f"{name}[{i}]", size, 1) for i, size in enumerate(value)]
 
 
+def as_tuples(name: str, value: Any, minimum: int, num_layers: int, dims: int) -> list[tuple[int, ...]]:
+    """Returns an int for all layers, or a list with an int or a tuple per layer, as one tuple per layer."""
+    return [as_tuple(*entry, minimum, dims) for entry in _per_layer(name, value, num_layers)]
+
+
 def as_pairs(name: str, value: Any, minimum: int, num_layers: int) -> list[tuple[int, int]]:
     """Returns an int for all layers, or a list with an int or a pair per layer, as one pair per layer."""
+    return [as_pair(*entry, minimum) for entry in _per_layer(name, value, num_layers)]
+
+
+def as_ints(name: str, value: Any, num_layers: int) -> list[int]:
+    """Returns a positive int for all layers, or a list of one per layer, as the list."""
+    return [as_int(*entry, 1) for entry in _per_layer(name, value, num_layers)]
+
+
+def _per_layer(name: str, value: Any, num_layers: int) -> list[tuple[str, Any]]:
+    """Returns the name and the value of each layer's entry."""
     if not isinstance(value, (tuple, list)):
-        return [as_pair(name, value, minimum)] * num_layers
+        return [(name, value)] * num_layers
     if len(value) != num_layers:
         raise ValueError(
             f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {len(value)}: {value!r}"
         )
-    return [as_pair(f"{name}[{i}]", entry, minimum) for i, entry in enumerate(value)]
+    return [(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
+
+
+def as_bool(name: str, value: Any) -> bool:
+    """Returns ``value``, which must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def as_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Returns ``value``, which must be one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def as_gate_bias(value: Any, chrono_max: Any, bias: bool) -> tuple[float | str, int | None]:
+    """Returns the initial bias of the update gate, a number or 'chrono', and the longest dependency of the latter."""
+    if isinstance(value, str):
+        as_choice("gate_bias", value, ("chrono",))
+        if chrono_max is None:
+            raise ValueError("chrono_max must be an int with gate_bias='chrono', got None")
+        chrono_max = as_int("chrono_max", chrono_max, 3)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"gate_bias must be a float or 'chrono', got {value!r} of type {type(value).__name__}")
+    elif chrono_max is not None:
+        raise ValueError(f"chrono_max must be None without gate_bias='chrono', got {chrono_max!r}")
+    if value != 0.0 and not bias:
+        raise ValueError(f"gate_bias must be 0 with bias=False, got {value!r}")
+    return value, chrono_max
 
 
 def as_probability(name: str, value: Any) -> float:
@@ -80,3 +134,34 @@ def check_shape(name: str, h: Tensor, expected: list[int]) -> None:
         raise TypeError(f"{name} must be a Tensor of shape {expected}, got {type(h).__name__}")
     if list(h.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {list(h.shape)}")
+
+
+def check_clip(x: Tensor, spatial_dims: int, channels: int, batch_first: bool) -> bool:
+    """Returns whether ``x`` is one frame (B, channels, *S) and raises if it is no clip (B, T, channels, *S) either."""
+    clip = "(B, T, input_size, *S)" if batch_first else "(T, B, input_size, *S)"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor {clip}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point Tensor, got {x.dtype}")
+    frame = x.dim() == spatial_dims + 2
+    if x.dim() - spatial_dims not in (2, 3) or x.shape[1 if frame else 2] != channels:
+        raise ValueError(
+            f"x must be {clip} or (B, input_size, *S) with {spatial_dims} spatial dimensions and {channels} channels, "
+            f"got shape {list(x.shape)}"
+        )
+    return frame
+
+
+def check_mask(name: str, mask: Tensor | None, expected: list[int], dtype: torch.dtype, x: Tensor) -> None:
+    """Raises unless ``mask`` is absent, or a Tensor of the shape ``expected``: bool, or where ``dtype`` says so integer."""
+    if mask is None:
+        return
+    kind = "bool" if dtype == torch.bool else "integer"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a {kind} Tensor of shape {expected}, got {type(mask).__name__}")
+    if (mask.dtype == torch.bool) != (dtype == torch.bool) or mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{name} must be a {kind} Tensor, got {mask.dtype}")
+    if list(mask.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {list(mask.shape)}")
+    if dtype == torch.bool and mask.device != x.device:
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {mask.device}")

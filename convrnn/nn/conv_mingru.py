@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import as_int, as_pair, as_pairs, as_probability, as_sizes, check_input, check_states
+from ._gru_layer import norm_groups
 from .mingru import MinGRULayer, MinGRUStack, scan, zero_states
 
 __all__ = ["MinConv2dGRU", "MinConv2dGRUCell"]
@@ -33,11 +34,6 @@ def state_shapes(
 def keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """True if the convolution's output has the input's height and width, whatever they are."""
     return stride == (1, 1) and all(2 * p == k - 1 for k, p in zip(kernel, padding, strict=True))
-
-
-def norm_groups(channels: int) -> int:
-    """Returns the first of 64, 32, 16, 8, 4, 1 that divides the channels and leaves min(4, channels) in a group."""
-    return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
 class MinConv2dGRUCell(nn.Module):

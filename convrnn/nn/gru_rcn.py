@@ -1,16 +1,15 @@
 """GRU-RCN: the convolutional GRU over a whole sequence of feature maps."""
 
 import torch
-from torch import Tensor, nn
-
-from convrnn.ops import gru_rcn
+from torch import Tensor
 
 from ._checks import as_int, as_pair, check_input, check_shape
+from ._gru_layer import Convolution, GRULayer
 
 __all__ = ["GRU_RCN"]
 
 
-class GRU_RCN(nn.Module):
+class GRU_RCN(GRULayer):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c, frame after frame.
 
     ``*`` is a convolution with zero padding that keeps the frame's size, ``.`` the elementwise product, s the
@@ -48,8 +47,6 @@ class GRU_RCN(nn.Module):
         (torch.Size([2, 4, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
     """
 
-    bias: Tensor | None
-
     def __init__(
         self,
         in_channels: int,
@@ -62,31 +59,22 @@ class GRU_RCN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_channels = as_int("in_channels", in_channels, 1)
-        self.nb_kernels = as_int("nb_kernels", nb_kernels, 1)
-        self.kernel_size = as_pair("kernel_size", kernel_size, 1)
+        in_channels, nb_kernels = as_int("in_channels", in_channels, 1), as_int("nb_kernels", nb_kernels, 1)
+        convolution = Convolution(as_pair("kernel_size", kernel_size, 1))
+        super().__init__(
+            in_channels,
+            nb_kernels,
+            convolution,
+            convolution,
+            bias=bool(bias),
+            recompute=bool(recompute),
+            device=device,
+            dtype=dtype,
+        )
+        self.in_channels, self.nb_kernels, self.kernel_size = in_channels, nb_kernels, convolution.kernel
         self.batch_first = bool(batch_first)
-        self.recompute = bool(recompute)
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.W = parameter(3 * self.nb_kernels, self.in_channels, *self.kernel_size)
-        self.U = parameter(2 * self.nb_kernels, self.nb_kernels, *self.kernel_size)
-        self.C = parameter(self.nb_kernels, self.nb_kernels, *self.kernel_size)
-        self.register_parameter("bias", parameter(3 * self.nb_kernels) if bias else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws W, U and C from Xavier's uniform distribution, each as one packed tensor, and zeroes the bias."""
-        nn.init.xavier_uniform_(self.W)
-        nn.init.xavier_uniform_(self.U)
-        nn.init.xavier_uniform_(self.C)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Runs h' = (1-z).h + z.c over all frames.
 
         Args:
@@ -108,7 +96,7 @@ class GRU_RCN(nn.Module):
                 check_shape("h", h, shape[1:])
                 h = h.expand(shape)
             check_shape("h", h, shape)
-        out, h_n = gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute)
+        out, h_n = self.run_fused(x, h)
         return (out if self.batch_first else out.transpose(0, 1)), h_n
 
     @torch.jit.export

@@ -1,0 +1,560 @@
+"""ConvGRU: convolutional GRU layers over one, two or three spatial dimensions, one or several stacked."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convrnn.ops._check import check_floating, check_same_device, check_same_dtype
+
+from ._checks import (
+    as_bool,
+    as_choice,
+    as_gate_bias,
+    as_int,
+    as_ints,
+    as_probability,
+    as_sizes,
+    as_tuples,
+    check_clip,
+    check_mask,
+    check_shape,
+    check_states,
+)
+from ._gru_layer import Convolution, GRULayer, Norm, make_norm
+
+__all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
+
+Size = int | Sequence[int]
+Sizes = int | Sequence[Size]
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class ConvGRU(nn.Module):
+    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c in each layer.
+
+    ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
+    near 0 keeps the state h. Each layer reads the output of the one before. A layer whose convolutions are dense, with
+    zero 'same' padding and without stride or dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), as
+    long as none of ``reset_after``, ``cell_norm``, ``zoneout``, ``recurrent_dropout`` (in training), ``lengths`` and
+    ``reset`` is in use; every other computes the input's convolutions for all frames at once and walks over time.
+    Compiled, such a walk is unrolled.
+
+    Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
+    (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).
+
+    Where an argument takes a list, its entries belong to the layers, and are ints or tuples with an int for each
+    spatial dimension; one int holds for all layers.
+
+    Args:
+        input_size: channels of a frame.
+        hidden_sizes: channels of each layer's state, an int for one layer.
+        kernel_sizes: kernels of the input's convolutions.
+        recurrent_kernel_sizes: kernels of the state's convolutions; None takes ``kernel_sizes``.
+        strides: of the input's convolutions; the state has the size of their output.
+        paddings: of the input's convolutions, on each side, or 'same': every stride-th pixel of an output of the
+            input's size. The state's convolutions keep its size always.
+        dilations: of the input's convolutions.
+        recurrent_dilations: of the state's convolutions.
+        groups: of the input's convolutions, for each gate; an int or one a layer. input_size is depthwise.
+        recurrent_groups: of the state's convolutions.
+        separable: each convolution a depthwise one, which its gates share, and a 1x1 convolution.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular', for all convolutions.
+        bias: learn a bias for each of z, r and c, and with ``reset_after`` one of C*h.
+        reset_after: c = tanh(W_c*x + r.(C*h + b)), as in ``torch.nn.GRU``.
+        norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
+            least 4 channels), or a callable from a number of channels to a Module.
+        cell_norm: likewise on W*x, U*h and C*(r.h), before biases; 'layer' and 'group' treat each gate on its own, a
+            callable gets 3*hidden, 2*hidden and hidden channels.
+        residual: add each layer's input to its output, through a convolution without bias, of the layer's own kernel,
+            stride and padding, where the channels or the size of the frame change.
+        dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
+        recurrent_dropout: likewise of an element of the state that the recurrent convolutions read; the mask is drawn
+            once a call (variational dropout).
+        zoneout: probability that an element of the state keeps its value in a step; (1-p).z stands for it in eval.
+        gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1].
+        chrono_max: the longest dependency expected, in frames, for 'chrono'.
+        learn_h0: learn the state before the first frame, one number a channel, which starts at zero.
+        bidirectional: a second layer beside each, with weights of its own, reads the sequence from its end; its output
+            joins the other's over the channels.
+        batch_first: True for sequences (B, T, ...), False for (T, B, ...).
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, a list has not one entry a layer, or arguments exclude one another.
+
+    Source:
+        Ballas et al., ICLR 2016, arXiv 1511.06432; Gal and Ghahramani, arXiv 1512.05287 (recurrent dropout); Krueger
+        et al., arXiv 1606.01305 (zoneout); Tallec and Ollivier, arXiv 1804.11188 (chrono); Ba et al., arXiv 1607.06450
+        (normalised cells).
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.ConvGRU(3, [8, 16], kernel_sizes=[5, 3], strides=[2, 1], norm="layer", residual=True)
+        >>> out, h = rnn(torch.rand(2, 4, 3, 6, 6))  # a clip
+        >>> out.shape, [state.shape for state in h]
+        (torch.Size([2, 4, 16, 3, 3]), [torch.Size([2, 8, 3, 3]), torch.Size([2, 16, 3, 3])])
+        >>> out, h = rnn(torch.rand(2, 3, 6, 6), h)  # the next frame
+        >>> out.shape
+        torch.Size([2, 16, 3, 3])
+    """
+
+    spatial_dims: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: int | Sequence[int],
+        kernel_sizes: Sizes,
+        *,
+        recurrent_kernel_sizes: Sizes | None = None,
+        strides: Sizes = 1,
+        paddings: Sizes | str = "same",
+        dilations: Sizes = 1,
+        recurrent_dilations: Sizes = 1,
+        groups: int | Sequence[int] = 1,
+        recurrent_groups: int | Sequence[int] = 1,
+        separable: bool = False,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        reset_after: bool = False,
+        norm: Norm = None,
+        cell_norm: Norm = None,
+        residual: bool = False,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        gate_bias: float | str = 0.0,
+        chrono_max: int | None = None,
+        learn_h0: bool = False,
+        bidirectional: bool = False,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dims = self.spatial_dims
+        self.input_size = as_int("input_size", input_size, 1)
+        self.hidden_sizes = as_sizes("hidden_sizes", hidden_sizes)
+        self.num_layers = len(self.hidden_sizes)
+        self.directions = 2 if as_bool("bidirectional", bidirectional) else 1
+        self.batch_first = as_bool("batch_first", batch_first)
+        self.dropout = as_probability("dropout", dropout)
+        separable, residual = as_bool("separable", separable), as_bool("residual", residual)
+        mode = as_choice("padding_mode", padding_mode, PADDING_MODES)
+        gate_bias, chrono_max = as_gate_bias(gate_bias, chrono_max, as_bool("bias", bias))
+
+        def tuples(name: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
+            return as_tuples(name, value, minimum, self.num_layers, dims)
+
+        kernels = tuples("kernel_sizes", kernel_sizes)
+        own = recurrent_kernel_sizes is not None
+        recurrent_kernels = tuples("recurrent_kernel_sizes", recurrent_kernel_sizes) if own else kernels
+        steps, spread = tuples("strides", strides), tuples("dilations", dilations)
+        recurrent_spread = tuples("recurrent_dilations", recurrent_dilations)
+        pads: list[Any] = [None] * self.num_layers
+        if isinstance(paddings, str):
+            as_choice("paddings", paddings, ("same",))
+        else:
+            pads = [tuple((pad, pad) for pad in entry) for entry in tuples("paddings", paddings, 0)]
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inputs = [self.input_size, *(self.directions * size for size in self.hidden_sizes[:-1])]
+        input_groups = as_ints("groups", groups, self.num_layers)
+        state_groups = as_ints("recurrent_groups", recurrent_groups, self.num_layers)
+        options: dict[str, Any] = {
+            "bias": bias,
+            "reset_after": as_bool("reset_after", reset_after),
+            "cell_norm": cell_norm,
+            "recurrent_dropout": as_probability("recurrent_dropout", recurrent_dropout),
+            "zoneout": as_probability("zoneout", zoneout),
+            "gate_bias": gate_bias,
+            "chrono_max": chrono_max,
+            "learn_h0": as_bool("learn_h0", learn_h0),
+        }
+        self.layers, self.backward_layers = nn.ModuleList(), nn.ModuleList()
+        self.norms, self.res_aligns = nn.ModuleList(), nn.ModuleList()
+        for i, (size_in, size) in enumerate(zip(inputs, self.hidden_sizes, strict=True)):
+            for name, count, channels in (
+                ("groups", input_groups[i], size_in),
+                ("recurrent_groups", state_groups[i], size),
+            ):
+                if channels % count or size % count:
+                    raise ValueError(f"{name} must divide the {channels} -> {size} channels of layer {i}, got {count}")
+                if separable and count > 1:
+                    raise ValueError(f"{name} must be 1 with separable=True, got {count}")
+            conv = Convolution(kernels[i], steps[i], pads[i], spread[i], input_groups[i], mode, separable)
+            recurrent = Convolution(
+                recurrent_kernels[i], (1,) * dims, None, recurrent_spread[i], state_groups[i], mode, separable
+            )
+            for direction in (self.layers, self.backward_layers)[: self.directions]:
+                direction.append(GRULayer(size_in, size, conv, recurrent, **options, **factory))
+            self.norms.append(make_norm("norm", norm, size_in, **factory) or nn.Identity())
+            if residual:
+                same = size_in == self.directions * size and conv.keeps_size
+                self.res_aligns.append(
+                    nn.Identity() if same else _ResAlign(size_in, self.directions * size, conv, **factory)
+                )
+        self._described = {
+            "recurrent_kernel_sizes": recurrent_kernel_sizes,
+            "strides": strides if strides != 1 else None,
+            "paddings": paddings if paddings != "same" else None,
+            "dilations": dilations if dilations != 1 else None,
+            "recurrent_dilations": recurrent_dilations if recurrent_dilations != 1 else None,
+            "groups": groups if groups != 1 else None,
+            "recurrent_groups": recurrent_groups if recurrent_groups != 1 else None,
+            "separable": separable,
+            "padding_mode": mode if mode != "zeros" else None,
+            "bias": None if bias else "False",
+            "norm": norm,
+            "residual": residual,
+            "dropout": self.dropout,
+            "bidirectional": bidirectional,
+            "batch_first": None if batch_first else "False",
+            **{name: value for name, value in options.items() if name != "bias"},
+        }
+        self.kernel_sizes = kernels
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        modules: list[Any] = [*self.layers, *self.backward_layers, *self.norms, *self.res_aligns]
+        for module in modules:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs every layer over a clip, or over one frame.
+
+        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
+        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it; the
+        backward direction begins anew on the other side of the cut.
+
+        Args:
+            x: clip (B, T, input_size, *S), or (T, B, ...) without ``batch_first``, or one frame (B, input_size, *S);
+                float.
+            h: the state before the first frame: a list of (B, hidden_i, *S_i), one a layer; when bidirectional two a
+                layer, forward first. None for zeros, or for the learned state.
+            lengths: (B,) integers, frames of each row; values outside of 0..T act as the nearest of them.
+            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes the
+                initial one before the frame is read.
+
+        Returns:
+            out: output of the last layer, (B, T, hidden, *S'), (T, B, hidden, *S') or (B, hidden, *S'); zero behind a
+                row's end.
+            h_n: state of each layer and direction behind the last frame it read, before its residual is added.
+
+        Raises:
+            TypeError: an argument is no Tensor, ``h`` no list, or a dtype does not fit.
+            ValueError: a shape or device does not fit.
+        """
+        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
+        if frame:
+            x = x.unsqueeze(1)
+            reset = reset.unsqueeze(1) if isinstance(reset, Tensor) else reset
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+            reset = reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() == 2 else reset
+        layer: Any = self.layers[0]
+        if not torch.is_autocast_enabled(x.device.type):
+            check_same_dtype("x", x, "the parameters", layer.W)
+        check_states(h, self.num_layers * self.directions)
+        batch, steps = x.shape[:2]
+        check_mask("reset", reset, [batch, steps], torch.bool, x)
+        check_mask("lengths", lengths, [batch], torch.int64, x)
+
+        live: Tensor | None = None
+        if lengths is not None:
+            live = torch.arange(steps, device=x.device) < lengths.to(x.device).unsqueeze(1)
+            padding = ~live.view(batch, steps, *(1 for _ in x.shape[2:]))
+            x = x.masked_fill(padding, 0.0)  # so that not even a NaN there is read
+            reset = None if reset is None else reset & live
+        states: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            frames = x.flatten(0, 1)
+            read = self.norms[i](frames).unflatten(0, x.shape[:2])
+            given: list[Tensor | None] = (
+                [None, None] if h is None else [*h[self.directions * i : self.directions * (i + 1)]]
+            )
+            self._check_states(i, given, x)
+            out, h_n = layer(read, given[0], live, reset)
+            states.append(h_n)
+            if self.directions == 2:
+                back, h_n = self.backward_layers[i](
+                    read.flip(1), given[1], None if live is None else live.flip(1), _cut_backward(reset)
+                )
+                states.append(h_n)
+                out = torch.cat((out, back.flip(1)), 2)
+            if len(self.res_aligns) > 0:
+                out = out + self.res_aligns[i](frames).unflatten(0, x.shape[:2])
+            x = out
+        if lengths is not None:
+            x = x.masked_fill(padding, 0.0)
+        if frame:
+            return x.squeeze(1), states
+        return x if self.batch_first else x.transpose(0, 1), states
+
+    def step(
+        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs one frame (B, input_size, *S); what :meth:`forward` does with it, and refuses a clip.
+
+        Raises:
+            ValueError: ``x`` is a clip, or the layer bidirectional: what comes later is not there yet.
+        """
+        if self.directions == 2:
+            raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
+        if isinstance(x, Tensor) and x.dim() != self.spatial_dims + 2:
+            raise ValueError(f"x must be one frame (B, {self.input_size}, *S), got shape {list(x.shape)}")
+        return self(x, h, reset=reset)
+
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """Returns the states that ``h=None`` stands for, of the dtype and device of x, a clip or a frame."""
+        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
+        x = x.unsqueeze(1) if frame else x if self.batch_first else x.transpose(0, 1)
+        states: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            pair: list[Any] = [layer, *([self.backward_layers[i]] if self.directions == 2 else [])]
+            states += [direction.initial_state(x).to(x.dtype) for direction in pair]
+            x = states[-1].unsqueeze(1)
+        return states
+
+    def _check_states(self, i: int, states: list[Tensor | None], x: Tensor) -> None:
+        layer: Any = self.layers[i]
+        shape = [x.shape[0], layer.hidden_size, *layer.input.size(list(x.shape[3:]))]
+        layer.recurrent.size(shape[2:])
+        for j, state in enumerate(states):
+            if state is not None:
+                name = f"h[{self.directions * i + j}]"
+                check_shape(name, state, shape)
+                check_floating(name, state)
+                check_same_device(name, state, "x", x)
+
+    def extra_repr(self) -> str:
+        described = [f"{name}={value}" for name, value in self._described.items() if value]
+        return ", ".join(
+            [f"{self.input_size}, hidden_sizes={self.hidden_sizes}, kernel_sizes={self.kernel_sizes}", *described]
+        )
+
+
+def _cut_backward(reset: Tensor | None) -> Tensor | None:
+    """Cuts as the backward direction meets them: frame t-1 begins anew where frame t does in the forward direction."""
+    if reset is None:
+        return None
+    return F.pad(reset[:, 1:], (0, 1)).flip(1)
+
+
+class _ResAlign(nn.Module):
+    """A convolution like the layer's own, without a bias, from its input to the size of its output."""
+
+    def __init__(self, input_size: int, output_size: int, convolution: Convolution, **factory: Any) -> None:
+        super().__init__()
+        plain = {"groups": 1, "separable": False}
+        self.convolution = Convolution(**{**convolution.__dict__, **plain})
+        shape, _ = self.convolution.shapes(input_size, output_size)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.convolution(frames, self.weight)
+
+
+class ConvGRU1d(ConvGRU):
+    """:class:`ConvGRU` over (B, T, input_size, L): h' = (1-z).h + z.c with convolutions along one dimension.
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.ConvGRU1d(3, 8, kernel_sizes=5, padding_mode="circular")
+        >>> rnn(torch.rand(2, 4, 3, 16))[0].shape
+        torch.Size([2, 4, 8, 16])
+    """
+
+    spatial_dims: ClassVar[int] = 1
+
+
+class ConvGRU3d(ConvGRU):
+    """:class:`ConvGRU` over (B, T, input_size, D, H, W): h' = (1-z).h + z.c with convolutions of volumes.
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.ConvGRU3d(3, 8, kernel_sizes=[(1, 3, 3)])
+        >>> rnn(torch.rand(2, 2, 3, 4, 5, 6))[0].shape
+        torch.Size([2, 2, 8, 4, 5, 6])
+    """
+
+    spatial_dims: ClassVar[int] = 3
+
+
+class ConvGRUCell(ConvGRU):
+    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c: one layer.
+
+    z near 1 takes the candidate c, z near 0 keeps the state h. This is a :class:`ConvGRU` of one layer, with its
+    arguments in the singular; like it, it takes whole clips too. The state is a list of one tensor.
+
+    Args:
+        input_size: channels of a frame.
+        hidden_size: channels of the state and of the output.
+        kernel_size: kernel of the input's convolutions, an int or an int for each dimension; so are the next ones.
+        recurrent_kernel_size: kernel of the state's convolutions; None takes ``kernel_size``.
+        stride: of the input's convolutions.
+        padding: of the input's convolutions, or 'same'.
+        dilation: of the input's convolutions.
+        recurrent_dilation: of the state's convolutions.
+        options: any other argument of :class:`ConvGRU`, but for those that concern several layers or directions.
+
+    Raises:
+        TypeError: an argument has the wrong type, or there is no such argument.
+        ValueError: a number is out of range, or arguments exclude one another.
+
+    Source:
+        Ballas et al., ICLR 2016, arXiv 1511.06432.
+
+    Example:
+        >>> import torch, convrnn
+        >>> cell = convrnn.ConvGRUCell(3, 8, kernel_size=3, reset_after=True)
+        >>> out, h = cell(torch.rand(2, 3, 6, 6))
+        >>> out.shape, h[0].shape
+        (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: Size,
+        *,
+        recurrent_kernel_size: Size | None = None,
+        stride: Size = 1,
+        padding: Size | str = "same",
+        dilation: Size = 1,
+        recurrent_dilation: Size = 1,
+        **options: Any,
+    ) -> None:
+        plural = {"hidden_sizes", "strides", "paddings", "dilations", "dropout", "bidirectional"} & set(options)
+        if plural:
+            raise TypeError(
+                f"{type(self).__name__} is one layer of one direction and takes no {', '.join(sorted(plural))}"
+            )
+        super().__init__(
+            input_size,
+            [hidden_size],
+            [kernel_size],
+            recurrent_kernel_sizes=None if recurrent_kernel_size is None else [recurrent_kernel_size],
+            strides=[stride],
+            paddings=padding if isinstance(padding, str) else [padding],
+            dilations=[dilation],
+            recurrent_dilations=[recurrent_dilation],
+            **options,
+        )
+
+
+class ConvGRUCell1d(ConvGRUCell):
+    """:class:`ConvGRUCell` over frames (B, input_size, L) and clips of them: h' = (1-z).h + z.c.
+
+    Example:
+        >>> import torch, convrnn
+        >>> convrnn.ConvGRUCell1d(3, 8, kernel_size=3)(torch.rand(2, 3, 9))[0].shape
+        torch.Size([2, 8, 9])
+    """
+
+    spatial_dims: ClassVar[int] = 1
+
+
+class ConvGRUCell3d(ConvGRUCell):
+    """:class:`ConvGRUCell` over volumes (B, input_size, D, H, W) and clips of them: h' = (1-z).h + z.c.
+
+    Example:
+        >>> import torch, convrnn
+        >>> convrnn.ConvGRUCell3d(3, 8, kernel_size=3)(torch.rand(2, 3, 4, 4, 4))[0].shape
+        torch.Size([2, 8, 4, 4, 4])
+    """
+
+    spatial_dims: ClassVar[int] = 3
+
+
+class SepConvGRUCell(nn.Module):
+    """h <- ConvGRUCell(x, h) with kernels 1 x k, then h <- ConvGRUCell(x, h) with kernels k x 1: two updates a frame.
+
+    In each, z near 1 takes the candidate, z near 0 keeps the state: h' = (1-z).h + z.c. The update of RAFT.
+
+    Args:
+        input_size: channels of a frame.
+        hidden_size: channels of the state and of the output.
+        kernel_size: the length k of both kernels.
+        options: any other argument of :class:`ConvGRUCell`, given to both, but for strides and paddings.
+
+    Raises:
+        TypeError: an argument has the wrong type, or there is no such argument.
+        ValueError: a number is out of range, or arguments exclude one another.
+
+    Source:
+        Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", ECCV 2020, arXiv 2003.12039.
+
+    Example:
+        >>> import torch, convrnn
+        >>> cell = convrnn.SepConvGRUCell(3, 8)
+        >>> out, h = cell(torch.rand(2, 3, 6, 6))
+        >>> out.shape, h[0].shape
+        (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, kernel_size: int = 5, **options: Any) -> None:
+        super().__init__()
+        length = as_int("kernel_size", kernel_size, 1)
+        if "stride" in options or "padding" in options:
+            raise TypeError("SepConvGRUCell keeps the size of a frame and takes no stride or padding")
+        self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **options)
+        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **options)
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
+
+        Returns:
+            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W).
+            h_n: list of the state after the last frame.
+
+        Raises:
+            TypeError: ``x`` is no Tensor, or ``h`` no list of one.
+            ValueError: a shape does not fit.
+        """
+        if check_clip(x, 2, self.horizontal.input_size, self.horizontal.batch_first):
+            return self._update(x, h)
+        time = 1 if self.horizontal.batch_first else 0
+        out: list[Tensor] = []
+        state = self.init_hidden_state(x) if h is None else [*h]
+        for frame in x.unbind(time):
+            frame_out, state = self._update(frame, state)
+            out.append(frame_out)
+        if not out:
+            raise ValueError(f"x must hold at least one frame, got shape {list(x.shape)}")
+        return torch.stack(out, time), state
+
+    def _update(self, x: Tensor, h: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        _, state = self.horizontal.step(x, h)
+        return self.vertical.step(x, state)
+
+    def step(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Runs one frame (B, input_size, H, W)."""
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"x must be one frame (B, {self.horizontal.input_size}, H, W)")
+        return self._update(x, h)
+
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """Returns the state that ``h=None`` stands for, of the dtype and device of x."""
+        return self.horizontal.init_hidden_state(x)

@@ -1,6 +1,6 @@
 """convrnn: convolutional recurrent layers for video in PyTorch, on fused kernels for CPU and GPU."""
 
-from . import nn, ops, reference
+from . import convert, nn, ops, reference, state
 from .nn import (
     GRU_RCN,
     Bidirectional,
@@ -15,6 +15,7 @@ from .nn import (
     MinGRU,
     MinGRUCell,
     SepConvGRUCell,
+    StackedGRU_RCN,
 )
 from .ops import gru_rcn, mingru, mingru_gate_hidden, parallel_scan_log
 
@@ -32,6 +33,8 @@ __all__ = [
     "MinGRU",
     "MinGRUCell",
     "SepConvGRUCell",
+    "StackedGRU_RCN",
+    "convert",
     "gru_rcn",
     "mingru",
     "mingru_gate_hidden",
@@ -39,4 +42,5 @@ __all__ = [
     "ops",
     "parallel_scan_log",
     "reference",
+    "state",
 ]

@@ -253,7 +253,12 @@ def test_copies_and_repr(device):
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     for other in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), fresh):
         assert_close(other(x, h), rnn(x, h))
-    for part in ("4, hidden_sizes=[4], kernel_sizes=[(3, 3)]", "strides=2", "bidirectional=True", "cell_norm=layer"):
+    for part in (
+        "4, hidden_sizes=[4], kernel_sizes=[(3, 3)]",
+        "strides=[(2, 2)]",
+        "bidirectional=True",
+        "cell_norm=layer",
+    ):
         assert part in rnn.extra_repr()
     assert "dropout" not in rnn.extra_repr()
 
@@ -282,7 +287,8 @@ def test_dtypes_and_autocast(device, arguments, dtype, tolerance):
 def test_compile(device, arguments):
     rnn = make(device=device, **arguments)
     x, h = clip(rnn, device=device)
-    masks = {"lengths": torch.tensor([4, 1, 3], device=device), "reset": torch.rand(B, T, device=device) < 0.5}
+    x = x[:, :2]
+    masks = {"lengths": torch.tensor([2, 0, 1], device=device), "reset": torch.rand(B, 2, device=device) < 0.5}
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, h), rnn(x, h))
     assert_close(compiled(x, h, **masks), rnn(x, h, **masks))

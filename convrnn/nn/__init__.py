@@ -5,6 +5,7 @@ from .conv_gru import ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell, ConvGRUCell1d,
 from .conv_mingru import MinConv2dGRU, MinConv2dGRUCell
 from .gru_rcn import GRU_RCN
 from .mingru import MinGRU, MinGRUCell
+from .stacked_gru_rcn import StackedGRU_RCN
 
 __all__ = [
     "GRU_RCN",
@@ -20,4 +21,5 @@ __all__ = [
     "MinGRU",
     "MinGRUCell",
     "SepConvGRUCell",
+    "StackedGRU_RCN",
 ]

@@ -156,11 +156,11 @@ def check_mask(name: str, mask: Tensor | None, expected: list[int], dtype: torch
     """Raises unless ``mask`` is absent, or a Tensor of the shape ``expected``: bool, or where ``dtype`` says so integer."""
     if mask is None:
         return
-    kind = "bool" if dtype == torch.bool else "integer"
+    kind = "a bool" if dtype == torch.bool else "an integer"
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a {kind} Tensor of shape {expected}, got {type(mask).__name__}")
+        raise TypeError(f"{name} must be {kind} Tensor of shape {expected}, got {type(mask).__name__}")
     if (mask.dtype == torch.bool) != (dtype == torch.bool) or mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"{name} must be a {kind} Tensor, got {mask.dtype}")
+        raise TypeError(f"{name} must be {kind} Tensor, got {mask.dtype}")
     if list(mask.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {list(mask.shape)}")
     if dtype == torch.bool and mask.device != x.device:

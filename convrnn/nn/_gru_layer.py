@@ -282,11 +282,12 @@ class GRULayer(nn.Module):
         dropout = self.recurrent_dropout if self.training else 0.0
         if self.fused and dropout == 0.0 and live is None and restart is None and below is None:
             return self.run_fused(x, self.initial_state(x) if h is None and self.h0 is not None else h)
+        initial = self.initial_state(x)
+        self.recurrent.size(list(initial.shape[2:]))
         projection = self.project(x)
         if below is not None:
             size = self.hidden_size
             projection = torch.cat((projection[:, :, : 2 * size] + below, projection[:, :, 2 * size :]), 2)
-        initial = self.initial_state(x)
         if h is None:
             h = initial.to(projection.dtype)
         return recur(

@@ -200,16 +200,17 @@ class ConvGRU(nn.Module):
                 self.res_aligns.append(
                     nn.Identity() if same else _ResAlign(size_in, self.directions * size, conv, **factory)
                 )
+        ones = (1,) * dims
         self._described = {
-            "recurrent_kernel_sizes": recurrent_kernel_sizes,
-            "strides": strides if strides != 1 else None,
-            "paddings": paddings if paddings != "same" else None,
-            "dilations": dilations if dilations != 1 else None,
-            "recurrent_dilations": recurrent_dilations if recurrent_dilations != 1 else None,
-            "groups": groups if groups != 1 else None,
-            "recurrent_groups": recurrent_groups if recurrent_groups != 1 else None,
+            "recurrent_kernel_sizes": recurrent_kernels if recurrent_kernels != kernels else None,
+            "strides": steps if set(steps) != {ones} else None,
+            "paddings": None if isinstance(paddings, str) else paddings,
+            "dilations": spread if set(spread) != {ones} else None,
+            "recurrent_dilations": recurrent_spread if set(recurrent_spread) != {ones} else None,
+            "groups": input_groups if set(input_groups) != {1} else None,
+            "recurrent_groups": state_groups if set(state_groups) != {1} else None,
             "separable": separable,
-            "padding_mode": mode if mode != "zeros" else None,
+            "padding_mode": None if mode == "zeros" else mode,
             "bias": None if bias else "False",
             "norm": norm,
             "residual": residual,
@@ -286,10 +287,7 @@ class ConvGRU(nn.Module):
                 x = F.dropout(x, self.dropout, self.training)
             frames = x.flatten(0, 1)
             read = self.norms[i](frames).unflatten(0, x.shape[:2])
-            given: list[Tensor | None] = (
-                [None, None] if h is None else [*h[self.directions * i : self.directions * (i + 1)]]
-            )
-            self._check_states(i, given, x)
+            given = [None, None] if h is None else self._checked_states(i, h, x)
             out, h_n = layer(read, given[0], live, reset)
             states.append(h_n)
             if self.directions == 2:
@@ -332,16 +330,16 @@ class ConvGRU(nn.Module):
             x = states[-1].unsqueeze(1)
         return states
 
-    def _check_states(self, i: int, states: list[Tensor | None], x: Tensor) -> None:
+    def _checked_states(self, i: int, h: list[Tensor], x: Tensor) -> list[Tensor | None]:
+        """The states of layer i, whose input is x."""
         layer: Any = self.layers[i]
-        shape = [x.shape[0], layer.hidden_size, *layer.input.size(list(x.shape[3:]))]
-        layer.recurrent.size(shape[2:])
-        for j, state in enumerate(states):
-            if state is not None:
-                name = f"h[{self.directions * i + j}]"
-                check_shape(name, state, shape)
-                check_floating(name, state)
-                check_same_device(name, state, "x", x)
+        states: list[Tensor | None] = []
+        for j in range(self.directions * i, self.directions * (i + 1)):
+            check_shape(f"h[{j}]", h[j], [x.shape[0], layer.hidden_size, *layer.input.size(list(x.shape[3:]))])
+            check_floating(f"h[{j}]", h[j])
+            check_same_device(f"h[{j}]", h[j], "x", x)
+            states.append(h[j])
+        return states
 
     def extra_repr(self) -> str:
         described = [f"{name}={value}" for name, value in self._described.items() if value]

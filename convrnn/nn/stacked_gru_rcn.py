@@ -1,0 +1,142 @@
+"""Stacked GRU-RCN: a recurrent layer over each level of a network's feature maps, connected from the bottom up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import as_bool, as_pair, as_sizes, check_input, check_shape, check_states
+from ._gru_layer import Convolution, GRULayer
+
+__all__ = ["StackedGRU_RCN"]
+
+
+class StackedGRU_RCN(nn.Module):
+    """z = s(W_z*x + V_z*g + U_z*h), r = s(W_r*x + V_r*g + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c a level.
+
+    x is the level's own feature map and g the new state of the level below at the same frame, max-pooled to the size of
+    this level; the lowest level has none. z near 1 takes the candidate c, z near 0 keeps the state h.
+
+    Parameters: those of GRU_RCN for each level, in ``levels``, and ``bottom_up`` (2*Oh, Oh below, kh, kw) packed z, r
+    for each level but the lowest.
+
+    Args:
+        in_channels: channels of the feature map of each level, from the bottom up.
+        nb_kernels: channels of each level's state.
+        kernel_size: size of every kernel, an int or (kh, kw).
+        bias: learn a bias for each of z, r and c; it starts at zero.
+        batch_first: True for sequences (B, L, ...), False for (L, B, ...).
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Raises:
+        TypeError: a size is no int.
+        ValueError: a size is not positive, or the two lists differ in length.
+
+    Source:
+        Ballas et al., ICLR 2016, arXiv 1511.06432, section 3.2.
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.StackedGRU_RCN(in_channels=[4, 8], nb_kernels=[3, 5], kernel_size=3)
+        >>> outs, h = rnn([torch.rand(2, 6, 4, 8, 8), torch.rand(2, 6, 8, 4, 4)])
+        >>> [out.shape for out in outs], h[1].shape
+        ([torch.Size([2, 6, 3, 8, 8]), torch.Size([2, 6, 5, 4, 4])], torch.Size([2, 5, 4, 4]))
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        nb_kernels: Sequence[int],
+        kernel_size: int | tuple[int, int],
+        *,
+        bias: bool = False,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.nb_kernels = as_sizes("in_channels", in_channels), as_sizes("nb_kernels", nb_kernels)
+        if len(self.in_channels) != len(self.nb_kernels):
+            raise ValueError(
+                f"nb_kernels must hold one entry for each of the {len(self.in_channels)} levels of in_channels, "
+                f"got {len(self.nb_kernels)}"
+            )
+        self.batch_first = as_bool("batch_first", batch_first)
+        self.convolution = Convolution(as_pair("kernel_size", kernel_size, 1))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.levels = nn.ModuleList(
+            GRULayer(size_in, size, self.convolution, self.convolution, bias=as_bool("bias", bias), **factory)
+            for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
+        )
+        self.bottom_up = nn.ParameterList(
+            torch.empty(2 * size, below, *self.convolution.kernel, **factory)
+            for below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws each packed kernel from Xavier's uniform distribution and zeroes the biases."""
+        levels: list[Any] = [*self.levels]
+        for level in levels:
+            level.reset_parameters()
+        for weight in self.bottom_up:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, xs: Sequence[Tensor], h: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs all levels over all frames.
+
+        Args:
+            xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``; float.
+            h: the state of each level, a list of (B, Oh_i, H_i, W_i), or None for zeros.
+
+        Returns:
+            outs: the states of each level after each frame, a list of (B, L, Oh_i, H_i, W_i).
+            h_n: the states after the last frame, shaped as ``h``.
+
+        Raises:
+            TypeError: an entry is no Tensor, or ``xs`` or ``h`` no list of them.
+            ValueError: a shape or the number of levels does not fit.
+        """
+        maps = self._maps(xs)
+        check_states(h, len(self.levels))
+        outs: list[Tensor] = []
+        states: list[Tensor] = []
+        for i, (x, level) in enumerate(zip(maps, self.levels, strict=True)):
+            below: Tensor | None = None
+            if i > 0:
+                frames, size = outs[-1].flatten(0, 1), x.shape[3:]
+                if frames.shape[2:] != size:
+                    frames = F.adaptive_max_pool2d(frames, size)
+                below = self.convolution(frames, self.bottom_up[i - 1]).unflatten(0, x.shape[:2])
+            if h is not None:
+                check_shape(f"h[{i}]", h[i], [x.shape[0], self.nb_kernels[i], *x.shape[3:]])
+            out, state = level(x, None if h is None else h[i], below=below)
+            outs.append(out)
+            states.append(state)
+        return (outs if self.batch_first else [out.transpose(0, 1) for out in outs]), states
+
+    def init_hidden_state(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the states that ``h=None`` stands for: zeros, of the dtype and device of each level's maps."""
+        return [
+            x.new_zeros(x.shape[0], size, *x.shape[3:]) for x, size in zip(self._maps(xs), self.nb_kernels, strict=True)
+        ]
+
+    def _maps(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """The maps, batch first."""
+        if not isinstance(xs, (list, tuple)):
+            raise TypeError(f"xs must be a list of {len(self.levels)} Tensors, got {type(xs).__name__}")
+        if len(xs) != len(self.levels):
+            raise ValueError(f"xs must hold the maps of {len(self.levels)} levels, got {len(xs)}")
+        for x, channels in zip(xs, self.in_channels, strict=True):
+            check_input(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", channels)
+        maps = [x if self.batch_first else x.transpose(0, 1) for x in xs]
+        steps = {tuple(x.shape[:2]) for x in maps}
+        if len(steps) > 1:
+            raise ValueError(f"xs must hold maps of one batch and number of frames, got {sorted(steps)}")
+        return maps
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.convolution.kernel}"

@@ -1,0 +1,117 @@
+"""ConvGRU and its siblings refuse each bad argument with its name, what was expected and what came."""
+
+import pytest
+import torch
+
+from convrnn import ConvGRU, ConvGRU1d, ConvGRUCell, SepConvGRUCell, StackedGRU_RCN
+
+RNN = {"input_size": 4, "hidden_sizes": [4, 6], "kernel_sizes": 3}
+
+CONSTRUCTORS = [
+    ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
+    ({"input_size": 2.0}, TypeError, "input_size must be an int, got 2.0"),
+    ({"hidden_sizes": []}, ValueError, "hidden_sizes must hold one size per layer, got an empty list"),
+    ({"hidden_sizes": [4, -1]}, ValueError, r"hidden_sizes\[1\] must be at least 1, got -1"),
+    (
+        {"kernel_sizes": [3]},
+        ValueError,
+        "kernel_sizes must be an int or hold one entry for each of the 2 layers, got 1",
+    ),
+    ({"kernel_sizes": [3, (1, 2, 3)]}, ValueError, r"kernel_sizes\[1\] must be an int or a pair"),
+    ({"kernel_sizes": "3"}, TypeError, "kernel_sizes must be an int, got '3'"),
+    ({"recurrent_kernel_sizes": 0}, ValueError, "recurrent_kernel_sizes must be at least 1, got 0"),
+    ({"strides": [1, 0]}, ValueError, r"strides\[1\] must be at least 1, got 0"),
+    ({"paddings": -1}, ValueError, "paddings must be at least 0, got -1"),
+    ({"paddings": "valid"}, ValueError, "paddings must be 'same', got 'valid'"),
+    ({"dilations": 0}, ValueError, "dilations must be at least 1, got 0"),
+    ({"recurrent_dilations": [1]}, ValueError, "recurrent_dilations must be an int or hold one entry"),
+    ({"groups": 3}, ValueError, "groups must divide the 4 -> 4 channels of layer 0, got 3"),
+    ({"groups": [1, 2, 1]}, ValueError, "groups must be an int or hold one entry for each of the 2 layers"),
+    ({"recurrent_groups": [2, 4]}, ValueError, "recurrent_groups must divide the 6 -> 6 channels of layer 1, got 4"),
+    ({"groups": 2, "separable": True}, ValueError, "groups must be 1 with separable=True, got 2"),
+    ({"separable": 1}, TypeError, "separable must be a bool, got 1"),
+    ({"padding_mode": "mirror"}, ValueError, "padding_mode must be 'zeros' or 'reflect' .* got 'mirror'"),
+    ({"bias": None}, TypeError, "bias must be a bool, got None"),
+    ({"reset_after": "yes"}, TypeError, "reset_after must be a bool, got 'yes'"),
+    ({"norm": "batch"}, ValueError, "norm must be None, 'layer', 'group' or a callable .* got 'batch'"),
+    ({"cell_norm": 3}, ValueError, "cell_norm must be None, 'layer', 'group' or a callable .* got 3"),
+    ({"norm": lambda channels: channels}, TypeError, "norm must return a Module for a number of channels, got int"),
+    ({"residual": 0}, TypeError, "residual must be a bool, got 0"),
+    ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\], got 1.5"),
+    ({"recurrent_dropout": "0.1"}, TypeError, "recurrent_dropout must be a float, got '0.1'"),
+    ({"zoneout": -0.1}, ValueError, r"zoneout must lie in \[0, 1\], got -0.1"),
+    ({"gate_bias": "forget"}, ValueError, "gate_bias must be 'chrono', got 'forget'"),
+    ({"gate_bias": None}, TypeError, "gate_bias must be a float or 'chrono', got None"),
+    ({"gate_bias": "chrono"}, ValueError, "chrono_max must be an int with gate_bias='chrono', got None"),
+    ({"gate_bias": "chrono", "chrono_max": 2}, ValueError, "chrono_max must be at least 3, got 2"),
+    ({"chrono_max": 9}, ValueError, "chrono_max must be None without gate_bias='chrono', got 9"),
+    ({"gate_bias": -1.0, "bias": False}, ValueError, "gate_bias must be 0 with bias=False, got -1.0"),
+    ({"learn_h0": 2}, TypeError, "learn_h0 must be a bool, got 2"),
+    ({"bidirectional": "both"}, TypeError, "bidirectional must be a bool, got 'both'"),
+    ({"batch_first": 1}, TypeError, "batch_first must be a bool, got 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), CONSTRUCTORS, ids=lambda x: "-".join(x) if type(x) is dict else ""
+)
+def test_constructors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ConvGRU(**{**RNN, **arguments})
+
+
+X = torch.zeros(2, 3, 4, 5, 5)
+H = [torch.zeros(2, 4, 5, 5), torch.zeros(2, 6, 5, 5)]
+FLAGS = torch.zeros(2, 3, dtype=torch.bool)
+
+CALLS = [
+    (lambda rnn: rnn([1.0]), TypeError, "x must be a Tensor .* got list"),
+    (lambda rnn: rnn(X.long()), TypeError, "x must be a floating-point Tensor, got torch.int64"),
+    (
+        lambda rnn: rnn(X.double()),
+        TypeError,
+        "x must have the dtype of the parameters torch.float32, got torch.float64",
+    ),
+    (lambda rnn: rnn(X[0, 0]), ValueError, r"x must be \(B, T, input_size, \*S\) or .* got shape \[4, 5, 5\]"),
+    (lambda rnn: rnn(X[:, :, :3]), ValueError, r"x must be .* 4 channels, got shape \[2, 3, 3, 5, 5\]"),
+    (lambda rnn: rnn(X[:, 0, :3]), ValueError, r"x must be .* 4 channels, got shape \[2, 3, 5, 5\]"),
+    (lambda rnn: rnn(X, H[0]), TypeError, "h must be a list of 2 Tensors, got Tensor"),
+    (lambda rnn: rnn(X, H[:1]), ValueError, "h must hold 2 states, got 1"),
+    (lambda rnn: rnn(X, [H[0], H[0]]), ValueError, r"h\[1\] must have shape \[2, 6, 5, 5\], got \[2, 4, 5, 5\]"),
+    (lambda rnn: rnn(X, [H[0][:1], H[1]]), ValueError, r"h\[0\] must have shape \[2, 4, 5, 5\], got \[1, 4, 5, 5\]"),
+    (lambda rnn: rnn(X, [H[0], None]), TypeError, r"h\[1\] must be a Tensor of shape \[2, 6, 5, 5\], got NoneType"),
+    (lambda rnn: rnn(X, [H[0].int(), H[1]]), TypeError, r"h\[0\] must be float32, .* got torch.int32"),
+    (lambda rnn: rnn(X, [H[0].to("meta"), H[1]]), ValueError, r"h\[0\] must be on the device of x \(cpu\), got meta"),
+    (lambda rnn: rnn(X, lengths=[1, 2]), TypeError, r"lengths must be an integer Tensor of shape \[2\], got list"),
+    (lambda rnn: rnn(X, lengths=torch.ones(2)), TypeError, "lengths must be an integer Tensor, got torch.float32"),
+    (lambda rnn: rnn(X, lengths=torch.ones(3).long()), ValueError, r"lengths must have shape \[2\], got \[3\]"),
+    (lambda rnn: rnn(X, reset=FLAGS.int()), TypeError, "reset must be a bool Tensor, got torch.int32"),
+    (lambda rnn: rnn(X, reset=FLAGS.T), ValueError, r"reset must have shape \[2, 3\], got \[3, 2\]"),
+    (lambda rnn: rnn(X, reset=FLAGS.to("meta")), ValueError, r"reset must be on the device of x \(cpu\), got meta"),
+    (lambda rnn: rnn.step(X), ValueError, r"x must be one frame \(B, 4, \*S\), got shape"),
+    (
+        lambda rnn: ConvGRU(4, 4, 3, bidirectional=True).step(X[:, 0]),
+        ValueError,
+        "step must be called on a layer of one",
+    ),
+    (lambda rnn: ConvGRU(4, 4, 3, padding_mode="reflect")(X[..., :1]), ValueError, "x is too small: a kernel of"),
+    (lambda rnn: ConvGRU(4, 4, 7, paddings=0)(X), ValueError, r"x is too small: a kernel of \(7, 7\) .* meets 5 x 5"),
+    (lambda rnn: ConvGRU(4, 4, 3, 1), TypeError, "positional arguments"),
+    (lambda rnn: ConvGRU1d(4, 4, [(3, 3)]), ValueError, r"kernel_sizes\[0\] must be an int or a tuple of one"),
+    (lambda rnn: ConvGRUCell(4, 4, 3, bidirectional=True), TypeError, "ConvGRUCell is one layer .* no bidirectional"),
+    (lambda rnn: ConvGRUCell(4, 4, 3, recurent_dropout=0.1), TypeError, "recurent_dropout"),
+    (lambda rnn: SepConvGRUCell(4, 4, (5, 5)), TypeError, "kernel_size must be an int"),
+    (lambda rnn: SepConvGRUCell(4, 4, stride=2), TypeError, "takes no stride"),
+    (lambda rnn: SepConvGRUCell(4, 4).step(X), ValueError, "x must be one frame"),
+    (lambda rnn: StackedGRU_RCN([4, 4], [4], 3), ValueError, "nb_kernels must hold one entry for each of the 2 levels"),
+    (lambda rnn: StackedGRU_RCN([4], [4], 3)(X), TypeError, "xs must be a list of 1 Tensors, got Tensor"),
+    (lambda rnn: StackedGRU_RCN([4], [4], 3)([X, X]), ValueError, "xs must hold the maps of 1 levels, got 2"),
+    (lambda rnn: StackedGRU_RCN([4, 4], [4, 4], 3)([X, X[:, :2]]), ValueError, "xs must hold maps of one batch"),
+    (lambda rnn: StackedGRU_RCN([4], [4], 3)([X], [H[1]]), ValueError, r"h\[0\] must have shape"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS)
+def test_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call(ConvGRU(**RNN))

@@ -1,0 +1,94 @@
+"""convrnn.state on the states of both families: rows reset, reordered, added and removed, history cut."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import convrnn
+from convrnn import state
+
+B, T = 3, 5
+LAYERS = {
+    "ConvGRU": lambda: convrnn.ConvGRU(2, [4, 3], 3, strides=[1, 2], learn_h0=True, bidirectional=True, bias=True),
+    "MinConv2dGRU": lambda: convrnn.MinConv2dGRU(2, [4, 3], 3, paddings=1),
+    "GRU_RCN": lambda: convrnn.GRU_RCN(2, 4, 3),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def made(request, device):
+    rnn = LAYERS[request.param]().to(device)
+    x = torch.randn(B, T, 2, 6, 5, device=device)
+    return rnn, x, rnn(x)[1]
+
+
+def test_reset_rows_continue_as_new_ones(made):
+    rnn, x, h = made
+    rows = torch.tensor([True, False, True], device=x.device)
+    initial = rnn.init_hidden_state(x)
+    new = state.reset(h, rows, initial)
+    assert_close(state.reset(h, torch.tensor([2, 0], device=x.device), initial), new)
+    out, fresh, old = rnn(x, new)[0], rnn(x)[0], rnn(x, h)[0]
+    assert_close(out[rows], fresh[rows])
+    assert_close(out[1], old[1])
+
+
+def test_reorder_and_resize_the_batch(made):
+    rnn, x, h = made
+    index = torch.tensor([2, 2, 0, 1], device=x.device)
+    assert_close(rnn(x[index], state.reorder(h, index))[0], rnn(x, h)[0][index])
+    assert_close(rnn(x[:2], state.resize(h, 2, 0.0))[0], rnn(x, h)[0][:2])
+    more = torch.cat((x, x))
+    grown = state.resize(h, 2 * B, rnn.init_hidden_state(more))
+    assert_close(rnn(more, grown)[0], torch.cat((rnn(x, h)[0], rnn(x)[0])))
+
+
+def test_truncated_bptt_cuts_gradients_and_nothing_else():
+    rnn = convrnn.ConvGRU(2, 4, 3)
+    x = torch.randn(B, T, 2, 6, 5, requires_grad=True)
+    whole, last = rnn(x)
+    spans, outs = [], []
+    for span, out, h in state.truncated_bptt(rnn, x, 2):
+        final = h
+        spans.append(span)
+        outs.append(out)
+        (gradient,) = torch.autograd.grad(out[:, -1].sum(), x)
+        reached = gradient.flatten(2).any(2).any(0).tolist()
+        assert reached == [span.start <= t < span.stop for t in range(T)]
+    assert spans == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert_close((torch.cat(outs, 1), final), (whole, last))
+    assert final[0].requires_grad and not state.detach(final)[0].requires_grad
+
+
+def test_nests_and_numbers():
+    nest = {"a": [torch.ones(2, 3)], "b": (torch.ones(2, 1, 4),)}
+    grown = state.resize(nest, 3, 0.5)
+    assert grown["a"][0][2].unique() == 0.5 and grown["b"][0].shape == (3, 1, 4)
+    assert nest["a"][0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h: state.reset(h, [True], 0.0), TypeError, "rows must be a bool or integer Tensor, got list"),
+        (lambda h: state.reset(h, torch.ones(3) > 0, 0.0), ValueError, r"rows must have shape \[2\], got \[3\]"),
+        (lambda h: state.reset(h, torch.ones(2, 1) > 0, 0.0), ValueError, "rows must have one dimension"),
+        (lambda h: state.reset(h, torch.ones(2) > 0, [h[0][:1]]), ValueError, r"initial must have the shape"),
+        (lambda h: state.reset(h, torch.ones(2) > 0, h[0]), ValueError, "initial must be a number or a state of"),
+        (lambda h: state.reorder(h, torch.ones(2)), TypeError, "index must be a bool or integer Tensor"),
+        (lambda h: state.reorder(h, torch.ones(2) > 0), TypeError, "index must be an integer Tensor"),
+        (lambda h: state.resize(h, -1, 0.0), ValueError, "batch must be at least 0, got -1"),
+        (lambda h: state.resize(h, 2.0, 0.0), TypeError, "batch must be an int, got 2.0"),
+        (lambda h: state.resize(h, 3, [h[0]]), ValueError, r"initial must have shape \[3, 4\], got \[2, 4\]"),
+        (lambda h: state.detach([None]), TypeError, "state must be a nest of Tensors"),
+        (
+            lambda h: state.reset([*h, torch.ones(3)], torch.ones(2) > 0, 0.0),
+            ValueError,
+            "state must hold Tensors of one",
+        ),
+        (lambda h: next(state.truncated_bptt(None, h[0], 0)), ValueError, "steps must be a positive int, got 0"),
+    ],
+)
+def test_bad_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call([torch.ones(2, 4)])

@@ -11,7 +11,7 @@ CONFIG  := $(VENV)/.config
 LIBRARY := convrnn/_C.abi3.so
 SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: setup demo test test-gpu test-sanitized bench bench-compare kernel-report lint wheel clean
+.PHONY: setup demo test test-gpu test-sanitized bench bench-compare kernel-report lint wheel test-wheel clean
 
 setup: $(LIBRARY)
 
@@ -74,6 +74,20 @@ lint: $(LIBRARY)
 wheel: $(LIBRARY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The one wheel, as it is, beside each of these PyTorches in an environment of its own; the tests run from a copy, so that
+# nothing of the checkout is imported. Downloads a PyTorch each: for releases, CI does not call it.
+WHEEL_TORCH ?= 2.10.0 2.13.0 2.14.1
+WHEEL_TESTS := $(foreach name,registration mingru log_scan gru_rcn nn_gru_rcn nn_mingru nn_conv_mingru torchscript,tests/test_$(name).py)
+test-wheel: wheel
+	@set -e; for torch in $(WHEEL_TORCH); do \
+	  folder=build/wheel-$$torch; rm -rf $$folder/tests; mkdir -p $$folder; \
+	  cp -r tests pyproject.toml $$folder; \
+	  test -x $$folder/venv/bin/python || $(PYTHON) -m venv $$folder/venv; \
+	  $$folder/venv/bin/python -m pip install --quiet "torch==$$torch" numpy pytest pytest-xdist; \
+	  $$folder/venv/bin/python -m pip install --quiet --force-reinstall --no-deps dist/convrnn-*-cp310-abi3-*.whl; \
+	  (cd $$folder && echo "torch $$torch" && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q -n auto --dist loadfile $(WHEEL_TESTS) $(ARGS)); \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info convrnn/*.so

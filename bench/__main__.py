@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from . import machine, pictures, report
-from .cases import select
+from .cases import add_options, select
 from .run import EFFORTS, Bench
 
 LATEST = machine.ROOT / "bench" / "results" / "latest"
@@ -23,13 +23,8 @@ INTERRUPTED = 130  # as a shell has it
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--threads", type=machine.thread_count, default=torch.get_num_threads(), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--only", metavar="PATTERN", default="", help="cases whose name holds or matches it, the exhaustive ones too"
-    )
+    add_options(parser)
+    parser.set_defaults(effort="default")
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument(
         "--quick", dest="effort", action="store_const", const="quick", help="one sweep, no torch.compile"
@@ -37,15 +32,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     effort.add_argument("--full", dest="effort", action="store_const", const="full", help="every study, more sweeps")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: bench/results/latest/<device>.json")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and stop")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch finds no CUDA device (python -m convrnn.info says why)")
-    return options
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    options.effort = options.effort or "default"
     effort = EFFORTS[options.effort]
     cases = select(options.only, effort.exhaustive)
     if options.list:

@@ -1,10 +1,12 @@
 """The list of cases: shapes from the re-created projects' documents, from video practice and from text."""
 
+import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from . import machine
 from .case import Case
 from .gru import gru_gates, gru_rcn, gru_rcn_module, gru_rcn_stream, gru_update
 from .scans import (
@@ -27,17 +29,31 @@ def all_cases() -> list[Case]:
     return [*ops(), *modules(), *streaming(), *studies()]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to measure and on what: the options that every program that times cases has."""
+    parser.add_argument(
+        "--device", type=machine.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument(
+        "--threads", type=machine.thread_count, default=torch.get_num_threads(), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="", help="cases whose name holds or matches it, the exhaustive ones too"
+    )
+
+
 def select(only: str, exhaustive: bool) -> list[Case]:
-    """Cases whose name holds ``only`` or matches it as a pattern; exhaustive ones where asked to, or where ``only`` is given."""
+    """Cases that ``only`` names; exhaustive ones where asked to, or where ``only`` is given."""
+    return [c for c in named(only, all_cases()) if only or exhaustive or not c.exhaustive]
+
+
+def named(only: str, cases: Iterable[Case]) -> list[Case]:
+    """The cases whose name holds ``only`` or matches it as a pattern."""
     try:
         pattern = re.compile(only)
     except re.error:
         pattern = re.compile(re.escape(only))
-    return [
-        c
-        for c in all_cases()
-        if (only in c.name or pattern.search(c.name)) and (only or exhaustive or not c.exhaustive)
-    ]
+    return [case for case in cases if only in case.name or pattern.search(case.name)]
 
 
 def ops() -> Iterator[Case]:
@@ -62,7 +78,7 @@ def ops() -> Iterator[Case]:
     yield gru_rcn(2, 10, 256, 256, 14, 14)
     yield gru_rcn(1, 16, 3, 16, 64, 64)
     yield gru_rcn(1, 64, 16, 16, 14, 14)
-    yield gru_rcn(1, 8, 32, 32, 56, 56)
+    yield gru_rcn(1, 8, 32, 32, 56, 56, exhaustive=True)
     yield gru_rcn(16, 2, 16, 32, 14, 14, compile=True)  # unrolled: every step costs seconds to compile
     yield gru_rcn(2, 4, 5, 32, 8, 8, dtype=BF16)
 

@@ -36,7 +36,7 @@ from rich.text import Text
 from . import builds, machine
 from .builds import Unusable
 from .case import Case
-from .cases import select
+from .cases import add_options, select
 
 WORKER = Path(__file__).with_name("worker.py")
 OUTPUT = machine.ROOT / "bench" / "results" / "latest" / "compare.json"
@@ -286,13 +286,7 @@ def save(path: Path, rows: list[Row], **about: Any) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", metavar="BASE", help="a git ref, or a JSON file of python -m bench")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--threads", type=machine.thread_count, default=torch.get_num_threads(), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--only", metavar="PATTERN", default="", help="cases whose name holds or matches it, the exhaustive ones too"
-    )
+    add_options(parser)
     parser.add_argument("--quick", action="store_true", help="ops and streams alone, no modules and no studies")
     return parser.parse_args(argv)
 

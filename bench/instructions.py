@@ -28,7 +28,7 @@ from rich.text import Text
 
 from . import machine, measure
 from .case import OURS, STREAM, Case
-from .cases import BF16, all_cases
+from .cases import BF16, all_cases, named
 from .gru import gru_gates, gru_rcn, gru_rcn_stream, gru_update
 from .scans import log_scan, mingru, mingru_stream
 
@@ -263,7 +263,7 @@ def show(now: Counts, before: Counts | None, console: Console) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.instructions", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="cases whose name holds or matches it")
     parser.add_argument("--save", metavar="FILE.json", type=Path, help="write the counts")
     parser.add_argument("--compare", metavar="FILE.json", type=Path, help="compare with counts that --save wrote")
     return parser.parse_args(argv)
@@ -272,7 +272,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(width=120, highlight=False)
-    cases = [case for case in small_cases() if re.search(options.only, case.name)]
+    cases = named(options.only, small_cases())
     try:
         if not cases:
             raise Uncountable(

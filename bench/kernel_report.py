@@ -24,18 +24,20 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine
+from .case import OURS
 from .pictures import BLUE, GREY, ORANGE, PINK, STYLE, WIDTH, save
 from .readme import DEVICES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = machine.ROOT / "bench" / "results"
-OURS = "convrnn"
+CHUNKED = f"{OURS}, T in chunks"
 LEGEND = (
     "Triples: sm_80 / sm_90 / sm_100. Registers: of a thread, of the variant that takes most. Occupancy: share of 64 warps "
     "of a multiprocessor, min(65,536 / (registers x 32, in units of 256, x warps), 64 / warps, shared memory / (a "
     "program's + 1 KB), 32) programs x warps / 64, with 164 KB of shared memory on sm_80 and 228 KB on the others. 128 bits: "
     "share of the load and store instructions of at least that width. Bytes and FLOP: of a lane and step, as declared in "
-    "bench/kernels.py and counted by the tests; exp, log and quotients count as one."
+    "bench/kernels.py and counted by the tests; exp, log and quotients count as one, and what a kernel moves once for a lane, or "
+    "for a chunk of T (maps, carries), is left out. Reduce, carries and replay: of a scan whose T is cut in chunks."
 )
 FLOORS = (
     "FLOORS, not measurements: bytes moved over the memory bandwidth of the makers' data sheets (GB/s: "
@@ -101,7 +103,7 @@ def name_of(dtype: torch.dtype) -> str:
 def compile_all(archs: Sequence[int]) -> list[Code]:
     """Every launcher at its real shapes, for every dtype and architecture."""
     from .compiled import Launch, compiling
-    from .kernels import OPS
+    from .kernels import OPS, phases
 
     rows = []
     for launcher, op in OPS.items():
@@ -111,11 +113,11 @@ def compile_all(archs: Sequence[int]) -> list[Code]:
                 for shape in op.shapes:
                     with compiling(arch) as launches:
                         op.run(shape, dtype, "meta")
-                    for launch in launches:
-                        variants.setdefault(launch.kernel, {})[launch.asm["sass"]] = launch
+                    for name, launch in zip(phases([launch.kernel for launch in launches]), launches, strict=True):
+                        variants.setdefault(name, {})[launch.asm["sass"]] = launch
                 e, s = op.sizes(dtype)
                 for kernel, codes in variants.items():
-                    found, declared = codes.values(), op.kernels.get(kernel)
+                    found, declared = codes.values(), op.declared.get(kernel)
                     rows.append(
                         Code(
                             launcher=launcher,
@@ -137,17 +139,19 @@ def compile_all(archs: Sequence[int]) -> list[Code]:
 
 
 def count_all(arch: int) -> tuple[list[Floor], list[Moved]]:
-    """What every launcher launches and moves at its real shapes, and what plain PyTorch moves at the first of them."""
+    """What every launcher launches and moves at its real shapes, and what plain PyTorch moves at the first of them where
+    T is whole."""
     from .compiled import compiling
-    from .kernels import OPS, Eager, eager
+    from .kernels import OPS, Eager, eager, phases
 
     floors, moved = [], []
     for launcher, op in OPS.items():
         for dtype in DTYPES:
+            shown = set()
             for shape in op.shapes:
                 with compiling(arch) as launches, Eager() as around:
                     op.run(shape, dtype, "meta")
-                kernels = Counter(launch.kernel for launch in launches)
+                kernels = Counter(phases([launch.kernel for launch in launches]))
                 work = op.work(shape, dtype, kernels)
                 total = None if work is None else work[0] + work[1] + around.bytes
                 lanes, steps = op.extent(shape)
@@ -168,9 +172,12 @@ def count_all(arch: int) -> tuple[list[Floor], list[Moved]]:
                         floor_us={} if total is None else {n: total / rate[0] / 1e3 for n, rate in DEVICES.items()},
                     )
                 )
-                if shape == op.shapes[0]:
-                    forms = {} if total is None else {OURS: total}
-                    forms |= {form: eager(op, shape, dtype, plain).bytes for form, plain in op.plain.items()}
+                ours = OURS if op.chunks(shape, dtype) == 1 else CHUNKED
+                if ours not in shown:
+                    shown.add(ours)
+                    forms = {} if total is None else {ours: total}
+                    if ours == OURS:
+                        forms |= {form: eager(op, shape, dtype, plain).bytes for form, plain in op.plain.items()}
                     moved += [
                         Moved(launcher, form, name_of(dtype), shape, count / lanes / steps)
                         for form, count in forms.items()
@@ -258,19 +265,19 @@ def text(codes: list[Code], floors: list[Floor], moved: list[Moved]) -> str:
 def picture(moved: list[Moved], dtype: str = "float32") -> Figure:
     """Bytes of a lane and step as bars: ours, plain PyTorch, and the log-space form of the scans."""
     rows = [row for row in moved if row.dtype == dtype]
-    looks = {OURS: (BLUE, ""), "plain PyTorch": (ORANGE, "///"), "log space": (PINK, "...")}
+    looks = {OURS: (BLUE, ""), CHUNKED: (BLUE, "\\\\\\"), "plain PyTorch": (ORANGE, "///"), "log space": (PINK, "...")}
     launchers = list(dict.fromkeys(row.launcher for row in rows))
     figure = Figure(figsize=(WIDTH, 1.5 + 0.19 * (len(rows) + len(launchers))), layout="constrained")
     axes = figure.subplots()
     y, ticks = 0.0, {}
     for launcher in launchers:
-        found = [row for row in rows if row.launcher == launcher]
+        found = sorted((row for row in rows if row.launcher == launcher), key=lambda row: list(looks).index(row.form))
         ours = next((row.bytes_per_element for row in found if row.form == OURS), None)
         ticks[launcher] = y + (len(found) - 1) / 2
         for row in found:
             colour, hatch = looks[row.form]
             axes.barh(y, row.bytes_per_element, 0.9, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-            times = "" if row.form == OURS or ours is None else f"  ({row.bytes_per_element / ours:.1f}x)"
+            times = "" if row.form in (OURS, CHUNKED) or ours is None else f"  ({row.bytes_per_element / ours:.1f}x)"
             axes.text(row.bytes_per_element, y, f" {row.bytes_per_element:.0f}{times}", va="center", fontsize=8.5)
             y += 1
         y += 0.7

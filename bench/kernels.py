@@ -7,21 +7,22 @@ declaration is found all the same, when its launcher runs: it is shown without b
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convrnn import reference
-from convrnn.kernels import gru_gates, gru_rcn, log_scan, mingru
+from convrnn.kernels import chunks, gru_gates, gru_rcn, log_scan, mingru
 from convrnn.kernels.layout import state_dtype
 
 from .providers import hoisted_gru_rcn, log_space, log_space_scan, time_loop
 
 Shape = tuple[int, ...]
 Bytes = Callable[[int, int], tuple[int, int]]  # read and written, for elements of e bytes and states of s bytes
+NOTHING: Bytes = lambda e, s: (0, 0)
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,35 @@ class Traffic:
         flop: of a lane and step: additions, products, quotients, maxima, exp and log, each counted as one.
         once: bytes of a lane besides, in a kernel that walks over time; None in a kernel of a single step.
         flop_once: likewise.
+        chunk: bytes of a lane and chunk besides, where T is cut.
+        flop_chunk: likewise.
     """
 
     step: Bytes
     flop: int
     once: Bytes | None = None
     flop_once: int = 0
+    chunk: Bytes = NOTHING
+    flop_chunk: int = 0
 
-    def lane(self, e: int, s: int, steps: int) -> tuple[int, int, int]:
+    def lane(self, e: int, s: int, steps: int, chunks: int) -> tuple[int, int, int]:
         """Bytes read, bytes written and FLOP of a lane."""
-        read, written = self.step(e, s)
         if self.once is None:
-            return read, written, self.flop
-        read_once, written_once = self.once(e, s)
-        return steps * read + read_once, steps * written + written_once, steps * self.flop + self.flop_once
+            return *self.step(e, s), self.flop
+        counts = (steps, chunks, 1)
+        moved = [part(e, s) for part in (self.step, self.chunk, self.once)]
+        read, written = (sum(n * part[side] for n, part in zip(counts, moved, strict=True)) for side in (0, 1))
+        return read, written, steps * self.flop + chunks * self.flop_chunk + self.flop_once
+
+
+def phases(launches: Sequence[str]) -> list[str]:
+    """The names by which one call's kernels are declared, in order: where T is cut in chunks, a scan's kernel runs before
+    the carries and again behind them, and has a name for each."""
+    carries = next((i for i, kernel in enumerate(launches) if kernel.endswith("carry_kernel")), None)
+    if carries is None:
+        return list(launches)
+    before, after = launches[:carries], launches[carries + 1 :]
+    return [*(f"{kernel}, reduce" for kernel in before), launches[carries], *(f"{kernel}, replay" for kernel in after)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,8 @@ class Op:
             Oh, *S) of GRU-RCN.
         inputs: makes its differentiable inputs for a shape, dtype and device, uninitialised, h0 among them.
         call: runs it on these inputs; a backward with every upstream gradient.
-        kernels: what it launches.
+        kernels: what it launches, where T is whole.
+        chunked: what it launches where T is cut in chunks, by the names of :func:`phases`.
         plain: the same in plain PyTorch, as functions of these inputs.
         backward: whether plain PyTorch does it by autograd.
         wide_state: whether 16-bit tensors have a float32 state.
@@ -70,6 +87,7 @@ class Op:
     call: Callable[..., object]
     kernels: dict[str, Traffic]
     plain: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
+    chunked: dict[str, Traffic] = field(default_factory=dict)
     backward: bool = False
     wide_state: bool = False
     boundary: Callable[[int, int], tuple[int, int, int]] = lambda e, s: (0, 0, 0)
@@ -88,15 +106,27 @@ class Op:
             return math.prod(shape), 1
         return shape[0] * math.prod(shape[3 if self.inputs is sequence_inputs else 2 :]), shape[1]
 
+    @property
+    def declared(self) -> dict[str, Traffic]:
+        return self.kernels | self.chunked
+
+    def chunks(self, shape: Shape, dtype: torch.dtype) -> int:
+        """How many chunks T is cut in, on a device with as many multiprocessors as an H100."""
+        if not self.chunked:
+            return 1
+        lanes, _ = self.extent(shape)
+        return chunks.cut(torch.empty(shape[:2], dtype=dtype, device="meta"), lanes // shape[0])[1]
+
     def work(self, shape: Shape, dtype: torch.dtype, launches: Counter[str]) -> tuple[int, int, int] | None:
-        """Bytes read, bytes written and FLOP of one call that launches these kernels; None where one is not declared."""
-        if not launches.keys() <= self.kernels.keys():
+        """Bytes read, bytes written and FLOP of one call with these :func:`phases`; None where one is not declared."""
+        if not launches.keys() <= self.declared.keys():
             return None
         lanes, steps = self.extent(shape)
         e, s = self.sizes(dtype)
         total = [-spared for spared in self.boundary(e, s)]
         for kernel, count in launches.items():
-            total = [sum_ + count * n for sum_, n in zip(total, self.kernels[kernel].lane(e, s, steps), strict=True)]
+            lane = self.declared[kernel].lane(e, s, steps, self.chunks(shape, dtype))
+            total = [sum_ + count * n for sum_, n in zip(total, lane, strict=True)]
         read, written, flop = (lanes * n for n in total)
         return read, written, flop
 
@@ -158,7 +188,7 @@ def _gru_rcn_bwd(x: Tensor, h0: Tensor, W: Tensor, U: Tensor, C: Tensor) -> None
     gru_rcn.gru_rcn_bwd(dout, dh_n, x, h0, W, U, C, out, gates, [True] * 5 + [False])
 
 
-SCANS = ((16, 256, 512), (1, 65536, 64), (4, 16, 64, 56, 56))
+SCANS = ((4, 16, 64, 56, 56), (16, 256, 512), (1, 65536, 64))  # of the last two T is cut in chunks
 FRAMES = ((16, 64, 7, 7), (4, 64, 28, 28), (16, 256, 14, 14))
 SEQUENCES = ((16, 10, 64, 64, 7, 7), (4, 10, 64, 64, 28, 28), (16, 10, 256, 256, 14, 14))
 LOOP = "plain PyTorch"  # at its best: all that can be outside the loop over time, and convolutions hoisted
@@ -168,6 +198,9 @@ MINGRU["log space"] = lambda gate_hidden, h0: log_space()(gate_hidden)
 # z, r, rh from two pairs of pre-activations and the state, as a step of its own and in the sequence.
 GATES = Traffic(lambda e, s: (4 * e + s, 3 * e), 11)
 
+# Kept, lost and moved of each chunk in, the state that enters it out; first the state before all of T in.
+CARRIES = Traffic(NOTHING, 0, lambda e, s: (e, 0), chunk=lambda e, s: (3 * s, s), flop_chunk=5)
+
 OPS: dict[str, Op] = {
     "mingru_fwd": Op(
         SCANS,
@@ -176,15 +209,33 @@ OPS: dict[str, Op] = {
         # gate, hidden in, h out; h0 in, h_n out
         {"mingru_fwd_kernel": Traffic(lambda e, s: (2 * e, e), 10, lambda e, s: (e, e))},
         MINGRU,
+        # gate, hidden in, the map out; gate, hidden, the state that enters in, h, h_n out
+        {
+            "mingru_fwd_kernel, reduce": Traffic(lambda e, s: (2 * e, 0), 14, NOTHING, chunk=lambda e, s: (0, 3 * s)),
+            "carry_kernel": CARRIES,
+            "mingru_fwd_kernel, replay": Traffic(
+                lambda e, s: (2 * e, e), 10, lambda e, s: (0, e), chunk=lambda e, s: (s, 0)
+            ),
+        },
+        wide_state=True,
     ),
     "mingru_bwd": Op(
         SCANS,
         scan_inputs,
         _mingru_bwd,
         # gate, hidden, dh, h_{t-1} in, dgate, dhidden out, where h0 stands for h_{-1}; dh_n in, dh0 out
-        {"mingru_bwd_kernel": Traffic(lambda e, s: (4 * e, 2 * e), 21, lambda e, s: (e, e))},
+        {"mingru_bwd_kernel": Traffic(lambda e, s: (4 * e, 2 * e), 20, lambda e, s: (e, e))},
         MINGRU,
+        # gate, dh in, the map out; the gradient that enters in
+        {
+            "mingru_bwd_kernel, reduce": Traffic(lambda e, s: (2 * e, 0), 10, NOTHING, chunk=lambda e, s: (0, 3 * s)),
+            "carry_kernel": CARRIES,
+            "mingru_bwd_kernel, replay": Traffic(
+                lambda e, s: (4 * e, 2 * e), 20, lambda e, s: (0, e), chunk=lambda e, s: (s, 0)
+            ),
+        },
         backward=True,
+        wide_state=True,
     ),
     "log_scan_fwd": Op(
         SCANS,
@@ -193,6 +244,16 @@ OPS: dict[str, Op] = {
         # log a, log b in, log x out; log b_0 in, log x_0 out
         {"log_scan_fwd_kernel": Traffic(lambda e, s: (2 * e, s), 25, lambda e, s: (e, s), 5)},
         {LOOP: reference.log_scan, "log space": log_space_scan},
+        # log a, log b in, m, s, the sum of log a out, each with its rounding error; m, s that enter a chunk
+        {
+            "log_scan_fwd_kernel, reduce": Traffic(lambda e, s: (2 * e, 0), 29, NOTHING, chunk=lambda e, s: (0, 6 * s)),
+            "log_scan_carry_kernel": Traffic(
+                NOTHING, 0, lambda e, s: (e, 0), 1, chunk=lambda e, s: (6 * s, 4 * s), flop_chunk=24
+            ),
+            "log_scan_fwd_kernel, replay": Traffic(
+                lambda e, s: (2 * e, s), 25, lambda e, s: (0, s), chunk=lambda e, s: (4 * s, 0), flop_chunk=4
+            ),
+        },
         wide_state=True,
     ),
     "log_scan_bwd": Op(
@@ -200,8 +261,20 @@ OPS: dict[str, Op] = {
         log_scan_inputs,
         _log_scan_bwd,
         # log a, log b, log x, dlog x in, dlog a, dlog b out; of step 0 dlog x_0 and log b_0 in, dlog b_0 out
-        {"log_scan_bwd_kernel": Traffic(lambda e, s: (2 * e + 2 * s, 2 * e), 10, lambda e, s: (e + s, e), 1)},
+        {"log_scan_bwd_kernel": Traffic(lambda e, s: (2 * e + 2 * s, 2 * e), 9, lambda e, s: (e + s, e), 1)},
         {LOOP: reference.log_scan, "log space": log_space_scan},
+        # log a, log b, log x, dlog x in, the map out; the gradient that enters in
+        {
+            "log_scan_bwd_kernel, reduce": Traffic(
+                lambda e, s: (2 * e + 2 * s, 0), 12, NOTHING, chunk=lambda e, s: (0, 3 * s)
+            ),
+            "carry_kernel": replace(CARRIES, once=NOTHING),
+            "log_scan_bwd_kernel, replay": Traffic(
+                *(lambda e, s: (2 * e + 2 * s, 2 * e), 9, lambda e, s: (e + s, e)),
+                chunk=lambda e, s: (s, 0),
+                flop_chunk=1,
+            ),
+        },
         backward=True,
         wide_state=True,
     ),

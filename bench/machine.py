@@ -23,6 +23,15 @@ COPY_BYTES = 256 << 20  # past every cache
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
+def device(text: str) -> str:
+    """A command line's device: one that is there."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("this PyTorch finds no CUDA device (python -m convrnn.info says why)")
+    return text
+
+
 def thread_count(text: str) -> int:
     """A command line's number of threads: not more than there are processors to run them."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -22,7 +22,8 @@ from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
-BEATEN = 3  # a baseline that takes so many times the best one's time is no longer in question
+BEATEN = 3  # a slow baseline that takes so many times the best one's time is no longer in question
+CLOSE = 1.25  # one that a process would have to compile anew is, where it takes more than this
 
 Turns = dict[Key, list[float]]  # milliseconds a call
 
@@ -53,12 +54,15 @@ class Subject:
         self.floors: dict[str, list[float]] = {}
 
     def keys(self, sweep: int) -> list[Key]:
-        """What a sweep times: after the first one no slow baseline that others beat by far."""
-        return [
-            (name, what)
-            for (name, what), row in self.rows.items()
-            if sweep == 0 or name == OURS or row.ms < measure.SLOW_MS or (row.speedup or 1) > 1 / BEATEN
-        ]
+        """What a sweep times: after the first one no slow baseline that others beat by far, nor what is compiled unless it
+        may be the best baseline."""
+
+        def in_question(name: str, row: Row) -> bool:
+            if name.startswith(COMPILED):
+                return OURS not in name and (row.speedup or 1) > 1 / CLOSE
+            return name == OURS or row.ms < measure.SLOW_MS or (row.speedup or 1) > 1 / BEATEN
+
+        return [key for key, row in self.rows.items() if sweep == 0 or in_question(key[0], row)]
 
     def add(self, sweep: int, turns: Turns) -> None:
         for (name, what), found in turns.items():
@@ -135,7 +139,8 @@ class Bench:
         expected = measure.truths(problem, training="step" in case.passes)
         for name, provider in problem.providers.items():
             try:
-                error = measure.error(case, problem, provider, expected(provider))
+                results = expected(provider)
+                error = measure.error(case, problem, provider, results)
                 if wrong := measure.complaint(error, case, provider):
                     self.refuse(subject, name, f"wrong: {wrong}")
                     continue
@@ -143,7 +148,7 @@ class Bench:
                     if what != "backward" or provider.retains:
                         self.add_row(subject, problem, name, what, error)
                 if self.device.type == "cuda" and not name.startswith(COMPILED):
-                    self.add_graphs(subject, problem, name, expected(provider))
+                    self.add_graphs(subject, problem, name, results)
             except Exception as exception:  # noqa: BLE001  any provider may fail: reported, and the run ends non-zero
                 self.refuse(subject, name, f"{type(exception).__name__}: {exception}")
         return subject

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 __all__ = ["Sample", "confusion_matrix", "learning_curve", "prediction_strip"]
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
+LOSS_AND_ACCURACY = (("loss", "cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
 MOST_LABELS = 25  # classes above which a matrix has no room for names and counts
 
 
@@ -30,16 +31,21 @@ class Sample:
     probability: float
 
 
-def learning_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy of training and validation over the epochs."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, name, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), strict=True):
+def learning_curve(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    panels: Sequence[tuple[str, str, float]] = LOSS_AND_ACCURACY,
+    x: str = "epoch",
+) -> None:
+    """Metrics of training and validation over `x`; a panel is (metric, label of its axis, factor to its unit)."""
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, (name, label, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for kind, colour, style in (("train", BLUE, "o-"), ("val", ORANGE, "s--")):
             seen = [row for row in rows if f"{kind}_{name}" in row]
             values = [unit * row[f"{kind}_{name}"] for row in seen]
-            label = {"train": "training", "val": "validation"}[kind]
-            axes.plot([row["epoch"] for row in seen], values, style, color=colour, label=label, markersize=4)
-        axes.set(xlabel="epoch", ylabel="cross-entropy (nats)" if unit == 1 else "accuracy (%)")
+            kinds = {"train": "training", "val": "validation"}
+            axes.plot([row[x] for row in seen], values, style, color=colour, label=kinds[kind], markersize=4)
+        axes.set(xlabel=x, ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 102 if unit == 100 else None)
         axes.grid(alpha=0.3)

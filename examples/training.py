@@ -1,41 +1,57 @@
-"""What every training program needs: seeds, device, learning rate, metrics, progress, checkpoints and clear errors."""
+"""What every program needs: seeds, device, learning rate, metrics, progress, checkpoints and clear errors."""
 
 import json
 import math
 import os
 import random
 import sys
-import tempfile
+from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 __all__ = [
+    "Interrupted",
     "MetricsLog",
     "UserError",
+    "add_run_options",
+    "command",
     "exit_code",
     "learning_rate_factor",
     "load_checkpoint",
+    "load_config",
     "parameter_count",
     "pick_device",
     "progress",
     "read_json",
+    "reserve",
     "save_checkpoint",
     "seed_everything",
     "write_text",
 ]
 
+Built = TypeVar("Built")
+
 
 class UserError(Exception):
     """A mistake in what the user gave; its message is one sentence that says what to do, shown without a traceback."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the program, which saved its work; the message says where."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def exit_code(program: Callable[[], int | None]) -> int:
@@ -46,6 +62,9 @@ def exit_code(program: Callable[[], int | None]) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -92,15 +111,48 @@ def progress(items: Iterable, description: str, total: int | None = None) -> tqd
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place only once it is complete."""
+    """A temporary file beside `path` that takes its place only once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield Path(name)
-        os.replace(name, path)
+        yield temporary
+        with temporary.open("rb") as file:  # else a power cut could leave the new name with half its bytes
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def reserve(folder: Path, size: int) -> None:
+    """See that `folder` can be written and holds `size` bytes more, before hours of work rely on it.
+
+    Removes what a killed process left half written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob(".*.safetensors.*"):
+            rest.unlink()
+        probe = folder / f".reserve.{os.getpid()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot hold {size / 1e6:.0f} MB of checkpoints: {error.strerror}") from error
+
+
+def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> Callable[..., Any]:
+    """Add a command to what ``add_subparsers`` gave; returns the function that adds its options."""
+    sub = commands.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
+    sub.set_defaults(function=function)
+    return sub.add_argument
+
+
+def add_run_options(add: Any, run: Path) -> None:
+    """The options of all commands that use a trained model."""
+    add("--run", type=Path, default=run, help="folder of the run that was trained")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,22 +171,33 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
+def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) -> Built:
+    """What `build` makes of the config.json in the folder of a run, which must be that of a `kind`."""
+    path = run / "config.json"
+    saved = read_json(path)
+    try:
+        return build(saved)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of {kind}: {error}") from error
+
+
 class MetricsLog:
     """Rows of a JSON-lines file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep_before(self, epoch: int) -> None:
-        """Drop the rows from `epoch` on, which a resumed run will write again, and those of no epoch."""
-        kept = [row for row in self.rows() if row.get("epoch", epoch) < epoch]
+    def keep(self, step: int) -> None:
+        """Drop the rows after `step`, which a resumed run will write again, and those of no step."""
+        kept = [row for row in self.rows() if row.get("step", step + 1) <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows so far, oldest first."""
+        """All rows so far, oldest first; without the last one if a killed process left it half written."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        *whole, _ = self.path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole]
 
     def append(self, **row: Any) -> None:
         """Add a row; it is in the file when the call returns."""
@@ -143,11 +206,17 @@ class MetricsLog:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
+    path: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    write: bool = True,
 ) -> None:
     """Write weights, optimizer state and `state` (JSON) as one safetensors file, in one step or not at all.
 
-    `state` and the optimizer's plain numbers go to the file's header, so weights and epoch can never disagree.
+    `state` and the optimizer's plain numbers go to the file's header, so weights and step can never disagree. Sharded
+    tensors are gathered, so that any number of processes can go on from the file: every process calls this, one with
+    `write`.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     header = {"state": json.dumps(state)}
@@ -156,11 +225,25 @@ def save_checkpoint(
         for index, values in saved["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         header["param_groups"] = json.dumps(saved["param_groups"])
+    whole = {}
+    for name, value in tensors.items():
+        gathered = value.full_tensor() if isinstance(value, DTensor) else value
+        if write:
+            whole[name] = gathered.cpu().contiguous()
+    if not write:
+        return
     with _replacing(path) as temporary:
         try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, header)
+            save_file(whole, temporary, header)
         except safetensors.SafetensorError as error:
             raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _sharded_as(like: Tensor, value: Tensor) -> Tensor:
+    """This process's shard of `value` where `like` is sharded, else `value`."""
+    if isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
 
 
 def load_checkpoint(
@@ -179,16 +262,18 @@ def load_checkpoint(
     if "state" not in header or (optimizer is not None and "param_groups" not in header):
         raise UserError(f"{path} was not written by this program: its header lacks the training state")
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    own = model.state_dict()
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict({name: _sharded_as(own.get(name, value), value) for name, value in weights.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit the model in config.json: {reason}") from error
     if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = value
+                moments.setdefault(int(index), {})[key] = _sharded_as(parameters[int(index)], value)
         optimizer.load_state_dict({"state": moments, "param_groups": json.loads(header["param_groups"])})
     return json.loads(header["state"])

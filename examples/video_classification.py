@@ -18,9 +18,19 @@ import torch
 from torch import Tensor
 
 from examples import moving_digits, pictures
-from examples.training import MetricsLog, UserError, exit_code, load_checkpoint, pick_device, progress
+from examples.trainer import BEST, add_training_options
+from examples.training import (
+    MetricsLog,
+    UserError,
+    add_run_options,
+    command,
+    exit_code,
+    load_checkpoint,
+    pick_device,
+    progress,
+)
 from examples.video_model import BACKBONES, RNNS, VideoClassifier
-from examples.video_training import BEST, RunConfig, can_flip, read_videos, train
+from examples.video_training import RunConfig, can_flip, read_videos, train
 from examples.videos import Frames, Video, probe, read_lists, views
 
 DATA, RUN = Path("data/moving_digits"), Path("runs/moving_digits")
@@ -136,9 +146,9 @@ def demo(args: argparse.Namespace) -> None:
     commands = [["train", *data, *common, *seed, "--overwrite"], ["test", *common]]
     if not (args.data / "lists" / "dataset.json").exists():
         commands.insert(0, ["make-data", "--out", str(args.data), *seed])
-    for command in commands:
-        print(f"$ python -m examples.video_classification {shlex.join(command)}", flush=True)
-        run(command)
+    for words in commands:
+        print(f"$ python -m examples.video_classification {shlex.join(words)}", flush=True)
+        run(words)
     print(f"the whole demo took {time.perf_counter() - started:.0f} s; {moving_digits.DESCRIPTION}")
     rows = MetricsLog(args.run / "metrics.jsonl").rows()
     print(f"test accuracy: {rows[-1]['test_accuracy_average']:.2%}")
@@ -151,24 +161,19 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m examples.video_classification", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, text: str) -> Any:
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        sub.set_defaults(function=function)
-        return sub.add_argument
-
     def number(text: str) -> int:
         value = int(text)
         if value < 1:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
         return value
 
-    def running(add: Any, batch_size: int) -> None:
-        add("--run", type=Path, default=RUN, help="folder of the run: config, checkpoints, metrics, pictures")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-        add("--batch-size", type=number, default=batch_size, help="clips at a time")
+    def memory(add: Any) -> None:
         add("--memory-mb", type=int, default=2048, help="keep decoded videos in memory if they fit in this many MiB")
+
+    def running(add: Any) -> None:
+        add_run_options(add, RUN)
+        add("--batch-size", type=number, default=25, help="clips at a time")
+        memory(add)
 
     def reading(add: Any, videos: Path | None, lists: Path | None) -> None:
         whose = "" if videos else "; None: those of the run"
@@ -181,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
         add("--clips", type=number, default=25, help="evenly spaced clips of a video that vote")
         add("--crops", type=int, choices=(1, 5), default=5, help="crops of a clip: the centre, or the corners too")
 
-    add = command("make-data", make_data, f"Write moving digits. {moving_digits.DESCRIPTION}")
+    add = command(commands, "make-data", make_data, f"Write moving digits. {moving_digits.DESCRIPTION}")
     add("--out", type=Path, default=DATA, help="folder to write videos/ and lists/ to")
     add("--groups", type=number, default=25, help="groups of a class; a fold tests 7 of 25")
     add("--clips", type=number, default=5, help="videos of a group, each with a handwritten digit of its own")
@@ -189,8 +194,9 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=number, default=40, help="height and width, in pixels")
     add("--seed", type=int, default=0, help="of digits and motions")
 
-    add = command("train", train, "Train on the training list of a fold.")
-    running(add, batch_size=16)
+    add = command(commands, "train", train, "Train on the training list of a fold.")
+    add_training_options(add, RUN, batch_size=16, lr=6e-3, weight_decay=0.01)
+    memory(add)
     reading(add, DATA / "videos", DATA / "lists")
     add("--fold", type=number, default=1, help="1, 2 or 3")
     add("--rnn", choices=RNNS, default="gru_rcn", help="recurrent layer of each level")
@@ -204,27 +210,20 @@ def parser() -> argparse.ArgumentParser:
     add("--resize", type=number, default=40, help="shorter side of the frames, in pixels")
     add("--crop", type=number, default=32, help="side of the square that the model sees, in pixels")
     add("--epochs", type=number, default=20, help="passes over the videos, a random clip of each")
-    add("--lr", type=float, default=6e-3, help="highest learning rate")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW")
     add("--val-fraction", type=float, default=0.1, help="share of the groups of each class to validate on")
-    add("--seed", type=int, default=0, help="of weights, split, clips and order")
-    add("--workers", type=int, default=0, help="processes that read clips")
-    add("--compile", action="store_true", help="compile the model")
-    add("--resume", action="store_true", help="go on after the last finished epoch; give the same options again")
-    add("--overwrite", action="store_true", help="replace the run that the folder holds")
 
-    add = command("test", test, "Test on the test list of the run's fold, as the paper does.")
-    running(add, batch_size=25)
+    add = command(commands, "test", test, "Test on the test list of the run's fold, as the paper does.")
+    running(add)
     reading(add, None, None)
     voting(add)
 
-    add = command("predict", predict, "Print the likeliest classes of video files.")
+    add = command(commands, "predict", predict, "Print the likeliest classes of video files.")
     add("files", type=Path, nargs="+", metavar="FILE", help="any video that FFmpeg reads")
-    running(add, batch_size=25)
+    running(add)
     voting(add)
     add("--top", type=number, default=3, help="classes to print")
 
-    add = command("demo", demo, "Make the data if missing, train, test, and show the paths of the pictures.")
+    add = command(commands, "demo", demo, "Make the data if missing, train, test, and show the paths of the pictures.")
     add("--data", type=Path, default=DATA, help="folder of the moving digits")
     add("--run", type=Path, default=RUN, help="folder of the run, replaced")
     add("--device", default="auto", help="auto, cpu, cuda, ...")

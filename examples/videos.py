@@ -254,16 +254,16 @@ class ClipDataset(Dataset):
         self, videos: Sequence[Video], frames: Frames, clip: ClipConfig, seed: int | None = None, flip: bool = False
     ) -> None:
         self.videos, self.frames, self.clip, self.seed, self.flip = videos, frames, clip, seed, flip
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, i = key
         video, crop = self.videos[i], self.clip.crop
         start, top, left, mirror = self.clip.last_start(video.frames) / 2, 0.5, 0.5, False
         if self.seed is not None:
-            rng = np.random.default_rng((self.seed, self.epoch, i))
+            rng = np.random.default_rng((self.seed, epoch, i))
             start = rng.integers(self.clip.last_start(video.frames), endpoint=True)
             top, left = rng.random(2)
             mirror = self.flip and rng.random() < 0.5

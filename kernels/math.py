@@ -16,7 +16,7 @@ from torch import Tensor
 from .layout import state_dtype
 
 NUM_WARPS = 4
-THREADS = 32 * NUM_WARPS
+WARP = 32  # threads
 VECTOR_BYTES = 16
 
 
@@ -83,25 +83,28 @@ def launch(
     lanes: int,
     strides: Sequence[int],
     steps: tuple[int, ...] = (),
+    chunks: int = 1,
     **constexprs: object,
 ) -> None:
-    """Run ``kernel`` with a program for each block of lanes of each sample of ``like`` (B, ...).
+    """Run ``kernel`` with a program for each block of lanes of each chunk of each sample of ``like`` (B, ...).
 
-    Kernels take their operands, T if they walk over time, the lanes of a sample and the strides, and VEC, BLOCK and ACC
-    among their constexprs. A program covers one vector of ``like``'s dtype per thread: with more, unaligned shapes hold
-    their addresses one by one and spill.
+    Kernels take their operands, T and the steps of a chunk if they walk over time, the lanes of a sample and the strides,
+    and VEC, BLOCK and ACC among their constexprs. A program covers one vector of ``like``'s dtype per thread: with more,
+    unaligned shapes hold their addresses one by one and spill.
     """
     vec = vector_width(like, operands, (lanes, *strides))
-    block = THREADS * vec
+    # No more warps than the lanes fill: few lanes are the reason to cut T in chunks.
+    warps = min(NUM_WARPS, triton.next_power_of_2(triton.cdiv(lanes, WARP * vec)))
+    block = warps * WARP * vec
     with torch.cuda.device_of(like):
-        kernel[(like.shape[0] * triton.cdiv(lanes, block),)](
+        kernel[(like.shape[0] * chunks * triton.cdiv(lanes, block),)](
             *operands,
             *steps,
             *(extent // vec for extent in (lanes, *strides)),
             VEC=vec,
             BLOCK=block,
             ACC=acc_dtype(like),
-            num_warps=NUM_WARPS,
+            num_warps=warps,
             **constexprs,
         )
 

@@ -3,7 +3,7 @@
 z = sigmoid(gate), h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t), g(x) = x + 1/2 for x >= 0, sigmoid(x) otherwise.
 
 One thread keeps the state of a few lanes in registers and walks over time; U steps are loaded before the first of them
-is computed, which is all the memory parallelism there is.
+is computed, which is all the memory parallelism there is. Where lanes are few, T is cut in chunks (``chunks.py``).
 
 Layout. gate_hidden (B, T, 2C, *S) holds gate in its first C channels and hidden in the others. With channels first, a
 frame is C*N gates and then C*N hiddens (N = prod(S)); with channels last, each of N pixels is C gates and then C
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chunks import MAP_ARRAYS, cut, decay, linear_carries, program_chunk, scratch, store_map
 from .layout import empty, frame_numel, is_channels_last, to_layout
-from .math import jit_kernel, launch, program_lanes, sigmoid_tail, stride
+from .math import jit_kernel, launch, sigmoid_tail, stride
 
 # Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
 FORWARD_STEPS = 4
@@ -30,46 +31,57 @@ BACKWARD_STEPS = 2
 
 
 @triton.jit
-def _step(h, gate, hidden, ACC: tl.constexpr):
-    """h_t from h_{t-1} [BLOCK]."""
+def _gate(gate, ACC: tl.constexpr):
+    """The smaller of z and 1 - z, and whether it is 1 - z, the share of h_{t-1} that the step keeps [BLOCK]."""
     gate = gate.to(ACC)
-    hidden = hidden.to(ACC)
-    g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
-    opens = gate >= 0
-    near = tl.where(opens, g, h)
-    far = tl.where(opens, h, g)
-    return near + sigmoid_tail(gate) * (far - near)
+    return sigmoid_tail(gate), gate >= 0
 
 
 @triton.jit
-def _step_backward(dh, gate, hidden, h_prev, ACC: tl.constexpr):
+def _step(h, nearer, opens, hidden, ACC: tl.constexpr):
+    """h_t from h_{t-1} [BLOCK]."""
+    hidden = hidden.to(ACC)
+    g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
+    near = tl.where(opens, g, h)
+    far = tl.where(opens, h, g)
+    return near + nearer * (far - near)
+
+
+@triton.jit
+def _passed(dh, nearer, opens):
+    """The gradient of h_{t-1} through (1 - z_t) h_{t-1} from the whole gradient of h_t [BLOCK]."""
+    product = dh * nearer
+    return tl.where(opens, product, dh - product)
+
+
+@triton.jit
+def _step_backward(dh, nearer, opens, hidden, h_prev, ACC: tl.constexpr):
     """dgate_t, dhidden_t and the gradient of h_{t-1} from the whole gradient of h_t [BLOCK]."""
-    gate = gate.to(ACC)
     hidden = hidden.to(ACC)
     tail = sigmoid_tail(hidden)
     g = tl.where(hidden >= 0, hidden + 0.5, tail)
     dg = tl.where(hidden >= 0, 1.0, tail * (1 - tail))
-    nearer = sigmoid_tail(gate)
-    opens = gate >= 0
     dgate = dh * (g - h_prev.to(ACC)) * nearer * (1 - nearer)
     dhidden = dh * tl.where(opens, 1 - nearer, nearer) * dg
-    dh_prev = tl.where(opens, dh * nearer, dh - dh * nearer)
-    return dgate, dhidden, dh_prev
+    return dgate, dhidden, _passed(dh, nearer, opens)
 
 
 @jit_kernel
 def mingru_fwd_kernel(
     gate_hidden,  # (B, T, 2C, *S), batch and time strides free
-    h0,  # (B, C, *S), batch stride free, or None for 1/2
+    h0,  # (B, C, *S), batch stride free, or None for 1/2; with chunks (B, chunks, lanes), the state that enters each
     h,  # (B, T, C, *S), dense
     h_n,  # (B, C, *S), dense
+    maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a state of 0; else None
     T: tl.int32,
+    chunk_steps: tl.int32,
     lanes: tl.int64,  # C*N; this and all below in units of VEC elements
     half: tl.int64,
     gh_stride_b: tl.int64,
     gh_stride_t: tl.int64,
     h0_stride_b: tl.int64,
     CHANNELS_LAST: tl.constexpr,
+    CHUNKED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     U: tl.constexpr,
@@ -78,48 +90,64 @@ def mingru_fwd_kernel(
     lanes *= VEC
     half *= VEC
     gh_stride_t *= VEC
-    sample, lane, mask = program_lanes(lanes, BLOCK)
-    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + lane
+    row, sample, first, steps, lane, mask = program_chunk(T, chunk_steps, lanes, CHUNKED, False, BLOCK)
+    gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + first * gh_stride_t + lane
     if CHANNELS_LAST:
         gate_ptr += lane // half * half
     hidden_ptr = gate_ptr + half
-    h_ptr = h + sample * T * lanes + lane
+    h_ptr = h + (sample * T + first) * lanes + lane
 
-    if h0 is not None:
-        state = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask).to(ACC)
+    if maps is not None:
+        state = tl.zeros((BLOCK,), ACC)
+        kept, lost = tl.full((BLOCK,), 1.0, ACC), tl.zeros((BLOCK,), ACC)
+    elif h0 is not None:
+        state = tl.load(h0 + row * (h0_stride_b * VEC) + lane, mask).to(ACC)
     else:
         state = tl.full((BLOCK,), 0.5, ACC)
-    for _ in range(T // U):
+    for _ in range(steps // U):
         gates = ()
         hiddens = ()
         for u in tl.static_range(U):
             gates += (tl.load(gate_ptr + u * gh_stride_t, mask),)
             hiddens += (tl.load(hidden_ptr + u * gh_stride_t, mask),)
         for u in tl.static_range(U):
-            state = _step(state, gates[u], hiddens[u], ACC)
-            tl.store(h_ptr + u * lanes, state, mask)
+            nearer, opens = _gate(gates[u], ACC)
+            state = _step(state, nearer, opens, hiddens[u], ACC)
+            if maps is not None:
+                kept, lost = decay(kept, lost, nearer, opens)
+            else:
+                tl.store(h_ptr + u * lanes, state, mask)
         gate_ptr += U * gh_stride_t
         hidden_ptr += U * gh_stride_t
         h_ptr += U * lanes
-    for _ in range(T % U):
-        state = _step(state, tl.load(gate_ptr, mask), tl.load(hidden_ptr, mask), ACC)
-        tl.store(h_ptr, state, mask)
+    for _ in range(steps % U):
+        nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+        state = _step(state, nearer, opens, tl.load(hidden_ptr, mask), ACC)
+        if maps is not None:
+            kept, lost = decay(kept, lost, nearer, opens)
+        else:
+            tl.store(h_ptr, state, mask)
         gate_ptr += gh_stride_t
         hidden_ptr += gh_stride_t
         h_ptr += lanes
-    tl.store(h_n + sample * lanes + lane, state, mask)
+    if maps is not None:
+        store_map(maps, row, lanes, lane, mask, kept, lost, state)
+    else:
+        tl.store(h_n + sample * lanes + lane, state, mask & (first + steps == T))
 
 
 @jit_kernel
 def mingru_bwd_kernel(
     dh,  # (B, T, C, *S), batch and time strides free, or None for zero
-    dh_n,  # (B, C, *S), batch stride free, or None for zero
+    dh_n,  # (B, C, *S), batch stride free, or None for zero; with chunks (B, chunks, lanes), what enters each
     gate_hidden,  # (B, T, 2C, *S), batch and time strides free
     h0,  # (B, C, *S), batch stride free, or None for 1/2
     h,  # (B, T, C, *S), batch and time strides free
     dgate_hidden,  # (B, T, 2C, *S), dense
     dh0,  # (B, C, *S), dense, or None if h0 is
+    maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a gradient of 0; else None
     T: tl.int32,  # at least 1
+    chunk_steps: tl.int32,
     lanes: tl.int64,  # C*N; this and all below in units of VEC elements
     half: tl.int64,
     gh_stride_b: tl.int64,
@@ -131,6 +159,7 @@ def mingru_bwd_kernel(
     dh_stride_t: tl.int64,
     dh_n_stride_b: tl.int64,
     CHANNELS_LAST: tl.constexpr,
+    CHUNKED: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     U: tl.constexpr,
@@ -141,68 +170,91 @@ def mingru_bwd_kernel(
     gh_stride_t *= VEC
     h_stride_t *= VEC
     dh_stride_t *= VEC
-    sample, lane, mask = program_lanes(lanes, BLOCK)
+    row, sample, first, steps, lane, mask = program_chunk(T, chunk_steps, lanes, CHUNKED, True, BLOCK)
     packed = lane
     if CHANNELS_LAST:
         packed += lane // half * half
-    last = T - 1
+    last = first + steps - 1
     gate_ptr = gate_hidden + sample * (gh_stride_b * VEC) + last * gh_stride_t + packed
     dgate_ptr = dgate_hidden + (sample * T + last) * (2 * lanes) + packed
     h_prev_ptr = h + sample * (h_stride_b * VEC) + (last - 1) * h_stride_t + lane  # not read at step 0
     if dh is not None:
         dh_ptr = dh + sample * (dh_stride_b * VEC) + last * dh_stride_t + lane
 
+    if maps is not None:
+        kept, lost = tl.full((BLOCK,), 1.0, ACC), tl.zeros((BLOCK,), ACC)
     if dh_n is not None:
-        grad = tl.load(dh_n + sample * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
+        grad = tl.load(dh_n + row * (dh_n_stride_b * VEC) + lane, mask).to(ACC)
     else:
         grad = tl.zeros((BLOCK,), ACC)
-    for _ in range(last // U):
+    # The map depends on gates and dh alone.
+    for _ in range((steps - 1) // U):
         gates = ()
         hiddens = ()
         h_prevs = ()
         dhs = ()
         for u in tl.static_range(U):
             gates += (tl.load(gate_ptr - u * gh_stride_t, mask),)
-            hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
-            h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
+            if maps is None:
+                hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
+                h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
             if dh is not None:
                 dhs += (tl.load(dh_ptr - u * dh_stride_t, mask),)
         for u in tl.static_range(U):
             if dh is not None:
                 grad += dhs[u].to(ACC)
-            dgate, dhidden, grad = _step_backward(grad, gates[u], hiddens[u], h_prevs[u], ACC)
-            tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
-            tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
+            nearer, opens = _gate(gates[u], ACC)
+            if maps is not None:
+                kept, lost = decay(kept, lost, nearer, opens)
+                grad = _passed(grad, nearer, opens)
+            else:
+                dgate, dhidden, grad = _step_backward(grad, nearer, opens, hiddens[u], h_prevs[u], ACC)
+                tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
+                tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
         gate_ptr -= U * gh_stride_t
         dgate_ptr -= U * 2 * lanes
         h_prev_ptr -= U * h_stride_t
         if dh is not None:
             dh_ptr -= U * dh_stride_t
-    for _ in range(last % U):
+    for _ in range((steps - 1) % U):
         if dh is not None:
             grad += tl.load(dh_ptr, mask).to(ACC)
             dh_ptr -= dh_stride_t
-        gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
-        dgate, dhidden, grad = _step_backward(grad, gate, hidden, tl.load(h_prev_ptr, mask), ACC)
-        tl.store(dgate_ptr, dgate, mask)
-        tl.store(dgate_ptr + half, dhidden, mask)
+        nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+        if maps is not None:
+            kept, lost = decay(kept, lost, nearer, opens)
+            grad = _passed(grad, nearer, opens)
+        else:
+            hidden, h_prev = tl.load(gate_ptr + half, mask), tl.load(h_prev_ptr, mask)
+            dgate, dhidden, grad = _step_backward(grad, nearer, opens, hidden, h_prev, ACC)
+            tl.store(dgate_ptr, dgate, mask)
+            tl.store(dgate_ptr + half, dhidden, mask)
         gate_ptr -= gh_stride_t
         dgate_ptr -= 2 * lanes
         h_prev_ptr -= h_stride_t
 
-    # Step 0 follows h0.
+    # The first step. That of the sequence follows h0.
     if dh is not None:
         grad += tl.load(dh_ptr, mask).to(ACC)
-    if h0 is not None:
-        first = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, mask)
+    nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+    if maps is not None:
+        kept, lost = decay(kept, lost, nearer, opens)
+        store_map(maps, row, lanes, lane, mask, kept, lost, _passed(grad, nearer, opens))
     else:
-        first = tl.full((BLOCK,), 0.5, ACC)
-    gate, hidden = tl.load(gate_ptr, mask), tl.load(gate_ptr + half, mask)
-    dgate, dhidden, grad = _step_backward(grad, gate, hidden, first, ACC)
-    tl.store(dgate_ptr, dgate, mask)
-    tl.store(dgate_ptr + half, dhidden, mask)
-    if dh0 is not None:
-        tl.store(dh0 + sample * lanes + lane, grad, mask)
+        follows_h0 = mask
+        if CHUNKED:
+            follows_h0 = mask & (first == 0)
+        if h0 is not None:
+            h_prev = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, follows_h0).to(ACC)
+        else:
+            h_prev = tl.full((BLOCK,), 0.5, ACC)
+        if CHUNKED:
+            h_prev = tl.where(first > 0, tl.load(h_prev_ptr, mask & (first > 0)).to(ACC), h_prev)
+        dgate, dhidden, grad = _step_backward(grad, nearer, opens, tl.load(gate_ptr + half, mask), h_prev, ACC)
+        tl.store(dgate_ptr, dgate, mask)
+        tl.store(dgate_ptr + half, dhidden, mask)
+        if dh0 is not None:
+            tl.store(dh0 + sample * lanes + lane, grad, follows_h0)
 
 
 def _strides(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: bool) -> tuple[int, ...]:
@@ -233,16 +285,27 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
         return h, h_n
 
     lanes = frame_numel(h_n, 1)
-    launch(
-        mingru_fwd_kernel,
-        gate_hidden,
-        (gate_hidden, h0, h, h_n),
-        lanes,
-        _strides(gate_hidden, h0, lanes, channels_last),
-        (steps,),
-        CHANNELS_LAST=channels_last,
-        U=FORWARD_STEPS,
-    )
+    chunk, chunks = cut(gate_hidden, lanes)
+    maps = scratch(gate_hidden, chunks, MAP_ARRAYS.value, lanes) if chunks > 1 else None
+
+    def run(h0: Tensor | None, reduced: Tensor | None = None) -> None:
+        launch(
+            mingru_fwd_kernel,
+            gate_hidden if maps is None else maps,
+            (gate_hidden, h0, h, h_n, reduced),
+            lanes,
+            _strides(gate_hidden, h0, lanes, channels_last),
+            (steps, chunk),
+            chunks,
+            CHANNELS_LAST=channels_last,
+            CHUNKED=chunks > 1,
+            U=FORWARD_STEPS,
+        )
+
+    if maps is not None:
+        run(None, maps)
+        h0 = linear_carries(gate_hidden, h0, maps, value=0.5)
+    run(h0)
     return h, h_n
 
 
@@ -275,20 +338,31 @@ def mingru_bwd(
         return dgate_hidden, dh0.zero_() if dh_n is None or h0 is None else dh0.copy_(dh_n)
 
     lanes = frame_numel(h, 2)
-    strides = (
-        *_strides(gate_hidden, h0, lanes, channels_last),
-        *(stride(h, 0), stride(h, 1)),
-        *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
-        0 if dh_n is None else stride(dh_n, 0),
-    )
-    launch(
-        mingru_bwd_kernel,
-        gate_hidden,
-        (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0),
-        lanes,
-        strides,
-        (gate_hidden.shape[1],),
-        CHANNELS_LAST=channels_last,
-        U=BACKWARD_STEPS,
-    )
+    chunk, chunks = cut(gate_hidden, lanes)
+    maps = scratch(gate_hidden, chunks, MAP_ARRAYS.value, lanes) if chunks > 1 else None
+
+    def run(dh_n: Tensor | None, reduced: Tensor | None = None) -> None:
+        strides = (
+            *_strides(gate_hidden, h0, lanes, channels_last),
+            *(stride(h, 0), stride(h, 1)),
+            *((0, 0) if dh is None else (stride(dh, 0), stride(dh, 1))),
+            0 if dh_n is None else stride(dh_n, 0),
+        )
+        launch(
+            mingru_bwd_kernel,
+            gate_hidden if maps is None else maps,
+            (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0, reduced),
+            lanes,
+            strides,
+            (gate_hidden.shape[1], chunk),
+            chunks,
+            CHANNELS_LAST=channels_last,
+            CHUNKED=chunks > 1,
+            U=BACKWARD_STEPS,
+        )
+
+    if maps is not None:
+        run(None, maps)
+        dh_n = linear_carries(gate_hidden, dh_n, maps)
+    run(dh_n)
     return dgate_hidden, dh0

@@ -205,6 +205,17 @@ def test_slow_baselines_that_others_beat_have_one_turn():
     assert [name for name, _ in subject.keys(1)] == [OURS, "best", "near", "short"]
 
 
+def test_what_is_compiled_is_timed_again_only_where_it_may_be_the_best_baseline():
+    def row(provider, speedup):
+        return Row("", "", (), "float32", "op", provider, "step", [1.0], [0], 1, 1, 0.0, speedup=speedup)
+
+    subject = run.Subject(TINY)
+    speedups = {OURS: 2.0, "plain": 0.1, "compiled plain": 0.9, "compiled log space": 0.7, "compiled " + OURS: 2.1}
+    subject.rows = {(name, "step"): row(name, speedup) for name, speedup in speedups.items()}
+    assert [name for name, _ in subject.keys(0)] == list(speedups)
+    assert [name for name, _ in subject.keys(1)] == [OURS, "plain", "compiled plain"]
+
+
 def test_a_sweep_whose_process_ends_fails_the_run(brief):
     bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU)  # a case that its process does not find
     with pytest.raises(RuntimeError, match="sweep 1 ended with status 1 at mingru"):

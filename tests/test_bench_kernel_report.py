@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import kernel_report, kernels
 from bench.compiled import Launch
-from bench.kernel_report import DEVICES, DTYPES, OURS, RESULTS
+from bench.kernel_report import CHUNKED, DEVICES, DTYPES, OURS, RESULTS
 
 COMMITTED = json.loads((RESULTS / "kernels.json").read_text())
 
@@ -43,13 +43,22 @@ def test_report_of_some_launchers(
     monkeypatch.setattr(kernel_report, "DTYPES", (torch.float32,))
     assert kernel_report.main(["--output", str(tmp_path / "kernels.json")]) == 0
     found = json.loads((tmp_path / "kernels.json").read_text())
-    assert [(row["launcher"], row["arch"]) for row in found["code"]] == [
-        (launcher, arch) for launcher in chosen for arch in (80, 90, 100)
+    phases = ("mingru_fwd_kernel", "mingru_fwd_kernel, reduce", "carry_kernel", "mingru_fwd_kernel, replay")
+    assert [(row["kernel"], row["arch"]) for row in found["code"]] == [
+        (kernel, arch)
+        for kernels in (phases, ("gru_update_fwd_kernel",))
+        for arch in (80, 90, 100)
+        for kernel in kernels
     ]
     first, *_, last = found["code"]
     assert (first["bytes_per_element"], first["flop_per_element"], last["bytes_per_element"]) == (12, 10, None)
     assert found["floors"][-1]["floor_us"] == {} and found["floors"][-1]["kernels"] == {"gru_update_fwd_kernel": 1}
-    assert [row["form"] for row in found["moved"]] == [OURS, "plain PyTorch", "log space", "plain PyTorch"]
+    ours = [OURS, "plain PyTorch", "log space", CHUNKED]
+    assert [row["form"] for row in found["moved"]] == [*ours, "plain PyTorch"]
+    assert [round(row["bytes_per_element"], 1) for row in found["moved"] if row["form"] in (OURS, CHUNKED)] == [
+        12.5,
+        21.0,
+    ]
     assert (tmp_path / "kernel-floors.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "gru_update_fwd_kernel" in printed and "undeclared" in printed and "FLOORS, not measurements" in printed
@@ -59,7 +68,7 @@ def test_committed_report_covers_every_launcher() -> None:
     wanted = {
         (launcher, kernel, str(dtype).removeprefix("torch."), arch)
         for launcher, op in kernels.OPS.items()
-        for kernel in op.kernels
+        for kernel in op.declared
         for dtype in DTYPES
         for arch in (80, 90, 100)
     }

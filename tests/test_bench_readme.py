@@ -21,7 +21,7 @@ def test_a_changed_figure_is_noticed(monkeypatch, tmp_path):
     text = source.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| mingru "))
     changed = tmp_path / "README.md"
-    changed.write_text(text.replace(row, row.replace("x)", "1x)", 1)))
+    changed.write_text(text.replace(row, row.replace("x: ", "1x: ", 1)))
     monkeypatch.setattr(readme, "PARTS", {changed: readme.PARTS[source]})
     assert changed.read_text() != text
     assert readme.rewritten(changed) == text

@@ -1,6 +1,7 @@
 """What bench/kernels.py declares of the Triton kernels' bytes and FLOP is what the interpreter counts, exactly."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from bench.kernels import OPS, Eager, Shape, eager
+from bench.kernels import OPS, Eager, Op, Shape, eager, phases
+from convrnn.kernels import chunks
 
 from .harness.guarded import guarded
 
@@ -16,9 +18,26 @@ from .harness.guarded import guarded
 EXTENTS = {3: (2, 9, 1024), 4: (2, 64, 4, 8), 6: (2, 3, 2, 32, 4, 8)}
 
 
+SCANS = [name for name, op in OPS.items() if op.chunked]
+
+
 def small(name: str, steps: int | None = None) -> Shape:
     batch, second, *rest = EXTENTS[6 if name.startswith("gru_rcn") else 4 if name.startswith("gru") else 3]
     return (batch, second if steps is None else steps, *rest)
+
+
+def check_traffic(op: Op, shape: Shape, dtype: torch.dtype, declared: Iterable[str]) -> None:
+    with guarded() as launches:
+        op.run(shape, dtype, "cpu")
+    found = phases([launch.kernel for launch in launches])
+    assert not set(found) - op.declared.keys(), "bench/kernels.py does not say what is moved in these kernels"
+    assert set(found) == set(declared)
+    for kernel, launch in zip(found, launches, strict=True) if op.chunked else ():
+        assert (launch.loaded, launch.stored, launch.flop) == op.work(shape, dtype, Counter([kernel])), kernel
+    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
+    assert counted == op.work(shape, dtype, Counter(found))
+    # No element is moved twice by one launch.
+    assert all((x.loaded, x.stored) == (x.distinct_loaded, x.distinct_stored) for x in launches)
 
 
 @pytest.mark.interpreted
@@ -26,16 +45,31 @@ def small(name: str, steps: int | None = None) -> Shape:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_declared_traffic_is_what_the_interpreter_counts(name: str, dtype: torch.dtype) -> None:
-    op, shape = OPS[name], small(name)
-    with guarded() as launches:
-        op.run(shape, dtype, "cpu")
-    undeclared = {launch.kernel for launch in launches} - op.kernels.keys()
-    assert not undeclared, f"bench/kernels.py does not say what {name} moves in these kernels"
-    assert {launch.kernel for launch in launches} == op.kernels.keys()
-    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
-    assert counted == op.work(shape, dtype, Counter(launch.kernel for launch in launches))
-    # No element is moved twice by one launch.
-    assert all((x.loaded, x.stored) == (x.distinct_loaded, x.distinct_stored) for x in launches)
+    check_traffic(OPS[name], small(name), dtype, OPS[name].kernels)
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("name", SCANS)
+def test_declared_traffic_of_chunks_is_what_the_interpreter_counts(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks, the last of one step."""
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: 4)
+    assert OPS[name].chunks(small(name), dtype) == 3
+    check_traffic(OPS[name], small(name), dtype, OPS[name].chunked)
+
+
+@pytest.mark.interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("chunk", (1, 7))
+@pytest.mark.parametrize("name", SCANS)
+def test_traffic_of_a_chunk_does_not_depend_on_how_many_carries_are_loaded_ahead(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
+    check_traffic(OPS[name], (1, 18, 512), torch.float32, OPS[name].chunked)
 
 
 @pytest.mark.interpreted
@@ -43,11 +77,24 @@ def test_declared_traffic_is_what_the_interpreter_counts(name: str, dtype: torch
 @pytest.mark.parametrize("steps", (1, 2, 4, 5))
 @pytest.mark.parametrize("name", [name for name in OPS if not name.startswith(("gru_gates", "gru_update"))])
 def test_traffic_of_a_step_does_not_depend_on_how_many_are_loaded_ahead(name: str, steps: int) -> None:
-    op, shape = OPS[name], small(name, steps)
-    with guarded() as launches:
-        op.run(shape, torch.float32, "cpu")
-    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
-    assert counted == op.work(shape, torch.float32, Counter(launch.kernel for launch in launches))
+    check_traffic(OPS[name], small(name, steps), torch.float32, OPS[name].kernels)
+
+
+@pytest.mark.parametrize(
+    "name, reads, writes", (("mingru_fwd", 4, 1), ("mingru_bwd", 6, 2), ("log_scan_fwd", 4, 1), ("log_scan_bwd", 8, 2))
+)
+def test_chunks_move_what_their_documentation_says(name: str, reads: int, writes: int) -> None:
+    """In elements of a lane and step; what maps and carries move besides is at most a tenth at the shortest chunk."""
+    lane = [kernel.step(1, 1) for kernel in OPS[name].chunked.values()]
+    assert [sum(side) for side in zip(*lane, strict=True)] == [reads, writes]
+    maps = sum(sum(kernel.chunk(4, 4)) for kernel in OPS[name].chunked.values())
+    assert maps / chunks.MIN_CHUNK <= (8 if name != "log_scan_fwd" else 20) * 4 / 32
+
+
+def test_phases_tell_the_launches_of_one_kernel_apart() -> None:
+    assert phases(["a_kernel", "a_kernel"]) == ["a_kernel", "a_kernel"]
+    found = ["a_kernel, reduce", "carry_kernel", "a_kernel, replay"]
+    assert phases(["a_kernel", "carry_kernel", "a_kernel"]) == found
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bench.kernels import OPS
+from bench.kernels import OPS, phases
 
 from .harness.compiled import AMD, ARCHS, Launch, check, compiling
 
@@ -20,6 +20,16 @@ REGISTERS = {
     "mingru_bwd_kernel": 80,
     "log_scan_fwd_kernel": 64,
     "log_scan_bwd_kernel": 64,
+    "mingru_fwd_kernel, reduce": 88,
+    "mingru_fwd_kernel, replay": 64,
+    "mingru_bwd_kernel, reduce": 64,
+    "mingru_bwd_kernel, replay": 96,
+    "carry_kernel": 64,
+    "log_scan_fwd_kernel, reduce": 88,
+    "log_scan_fwd_kernel, replay": 64,
+    "log_scan_bwd_kernel, reduce": 80,
+    "log_scan_bwd_kernel, replay": 96,
+    "log_scan_carry_kernel": 64,
     "gru_gates_fwd_kernel": 40,
     "gru_gates_bwd_kernel": 56,
     "gru_update_fwd_kernel": 48,
@@ -29,12 +39,13 @@ REGISTERS = {
 }
 
 
-def launches_of(name: str, dtype: torch.dtype, arch: int | str) -> Iterator[Launch]:
+def launches_of(name: str, dtype: torch.dtype, arch: int | str) -> Iterator[tuple[str, Launch]]:
+    """Each launch, and the name of its kernel and phase."""
     for shape in OPS[name].shapes:
         with compiling(arch) as launches:
             OPS[name].run(shape, dtype, "meta")
         assert launches
-        yield from launches
+        yield from zip(phases([launch.kernel for launch in launches]), launches, strict=True)
 
 
 # float16 compiles to what bfloat16 does but for the conversions: once is enough.
@@ -47,11 +58,17 @@ CODES = [(arch, dtype) for dtype in (torch.float32, torch.bfloat16) for arch in 
 def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
     # A float32 state beside 16-bit gates: a step exchanges lanes once before it stores, a scan never.
     barriers = int(name.startswith("gru_rcn") and dtype.itemsize == 2)
-    narrow = name.startswith("log_scan") and dtype.itemsize == 2  # 64 bits of them beside 128 of log x
-    for launch in launches_of(name, dtype, arch):
-        check([launch], aligned=not narrow, barriers=barriers, registers=REGISTERS.get(launch.kernel, 128))
-        assert set(launch.loads + launch.stores) <= ({64, 128} if narrow else {128}), launch.kernel
-        assert launch.occupancy >= 3 / 8 and launch.grid[0] < 2**31, launch.kernel
+    for phase, launch in launches_of(name, dtype, arch):
+        # 64 bits of a 16-bit tensor beside 128 of log x, or of a map; carries lane by lane, h0 and log b_0 among them.
+        narrow = dtype.itemsize == 2 and (name.startswith("log_scan") or phase != launch.kernel)
+        widths = {64, 128} if narrow else {128}
+        if launch.kernel.endswith("carry_kernel"):
+            widths = {8 * dtype.itemsize, 32}
+        check([launch], aligned=widths == {128}, barriers=barriers, registers=REGISTERS[phase])
+        assert set(launch.loads + launch.stores) <= widths, phase
+        # Chunks have few warps to a program, and are there because lanes do not fill the device.
+        assert launch.occupancy >= (3 / 8 if phase in OPS[name].kernels else 5 / 16), phase
+        assert launch.grid[0] < 2**31, phase
 
 
 @pytest.mark.slow
@@ -59,10 +76,21 @@ def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_amd(name: str, dtype: torch.dtype) -> None:
     """It compiles; a wavefront has twice the threads, so a thread has half the vector."""
-    for launch in launches_of(name, dtype, AMD):
-        assert launch.stack == launch.spills == 0, launch.kernel
-        assert not launch.narrow_offsets and not launch.low_precision, launch.kernel
-        assert launch.loads and launch.stores, launch.kernel
+    for phase, launch in launches_of(name, dtype, AMD):
+        assert launch.stack == launch.spills == 0, phase
+        assert not launch.narrow_offsets and not launch.low_precision, phase
+        assert launch.loads and launch.stores, phase
+
+
+@pytest.mark.parametrize("lanes, warps", ((64, 1), (256, 2), (512, 4), (8192, 4)))
+def test_chunks_have_no_more_warps_than_lanes_fill(lanes: int, warps: int) -> None:
+    with compiling(90) as launches:
+        OPS["mingru_fwd"].run((1, 1024, lanes), torch.float32, "meta")
+    chunks = OPS["mingru_fwd"].chunks((1, 1024, lanes), torch.float32)
+    reduce, carries, replay = launches
+    assert reduce.warps == replay.warps == warps and carries.warps == 1
+    assert reduce.grid == replay.grid == (chunks * triton.cdiv(lanes, 128 * warps),)
+    assert carries.grid == (lanes // 32,)
 
 
 def test_amd_addresses_large_tensors_with_64_bits() -> None:

@@ -89,6 +89,27 @@ def test_log_scan(arch: int, dtype: torch.dtype) -> None:
     check_log_scan(launches, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_chunks(arch: int, dtype: torch.dtype) -> None:
+    """T in chunks, because lanes are few: reduce, carries, replay, forward and backward. Scans are as wide as float32 maps
+    allow beside their tensors; carries go lane by lane, as many as they can at a time."""
+    with compiling(arch) as launches:
+        run_mingru(dtype, "channels_last", with_h0=True, steps=1000)
+        run_mingru(dtype, "channels_last", with_h0=False, steps=1000)
+    scan, carries = ["mingru_fwd_kernel", "mingru_bwd_kernel"], "carry_kernel"
+    assert [launch.kernel for launch in launches[:6]] == [scan[0], carries, scan[0], scan[1], carries, scan[1]]
+    # backward, a reduction needs gate and dh alone: 2 loads for each of 2 steps ahead, one behind the loop, the first
+    assert all(launches[i].loads.total() == 8 for i in (3, 9))
+    check(launches, aligned=False)
+    for launch in launches:
+        if launch.kernel == carries:
+            assert launch.loads.total() >= 48
+        else:
+            assert set(launch.loads + launch.stores) <= ({128} if dtype.itemsize >= 4 else {64, 128})
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gru(arch: int, dtype: torch.dtype) -> None:

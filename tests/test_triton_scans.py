@@ -8,7 +8,7 @@ from convrnn import reference
 
 triton = pytest.importorskip("triton")
 
-from convrnn.kernels import log_scan, mingru
+from convrnn.kernels import chunks, log_scan, mingru
 from convrnn.kernels.layout import dense_strides, is_channels_last
 
 from .harness.guarded import guarded
@@ -21,6 +21,12 @@ STEPS = (1, 2, 3, 4, 5, 6, 7)  # around the 4 steps that forward loads ahead, an
 
 # Allowed error in units of the dtype's epsilon. Forward rounds float32 on output, backward reads what was rounded.
 SCAN, SCAN_GRAD = 4, 16
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T is not cut in chunks, however long it is; test_triton_chunks.py has the tests of those."""
+    monkeypatch.setattr(chunks, "chunk_steps", lambda lanes, steps, *_: steps)
 
 
 def check_mingru(gate_hidden: Tensor, h0: Tensor | None, seed: int = 0) -> None:
@@ -83,7 +89,9 @@ def test_mingru_empty(shape: tuple[int, ...]) -> None:
     assert h.shape == (*shape[:2], shape[2] // 2, 2) and dgate_hidden.shape == shape
 
 
-def test_mingru_absent_gradients_are_zero() -> None:
+@pytest.mark.parametrize("chunk", (5, 4))
+def test_mingru_absent_gradients_are_zero(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
     gate_hidden, h0 = randn(2, 5, 6, dtype=torch.float32, seed=1), randn(2, 3, dtype=torch.float32, seed=2)
     with guarded():
         h, h_n = mingru.mingru_fwd(gate_hidden, h0)
@@ -94,13 +102,29 @@ def test_mingru_absent_gradients_are_zero() -> None:
                 assert torch.equal(x, y)
 
 
-def test_mingru_extreme_logits() -> None:
+@pytest.mark.parametrize("chunk", (13, 6, 2))
+def test_mingru_extreme_logits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state near 1e4 is rounded by up to 5e-4, and dgate holds g - h, which tends to 0: it is right for the state that
+    was saved, which is all that a backward has; the loop's own, in float32, is off by 2e-3."""
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
     gate = torch.tensor([-1e4, -90.0, -17.0, 0.0, 17.0, 90.0, 1e4])
-    gate_hidden = torch.stack(torch.meshgrid(gate, gate, indexing="ij"), dim=0).reshape(1, 1, -1).expand(1, 6, -1)
-    check_mingru(gate_hidden, torch.full((1, 49), 3.0))
+    gate_hidden = torch.stack(torch.meshgrid(gate, gate, indexing="ij"), dim=0).reshape(1, 1, -1).expand(1, 13, -1)
+    h0 = torch.full((1, 49), 3.0)
+    dh, dh_n = randn(1, 13, 49, dtype=torch.float32, seed=3), randn(1, 49, dtype=torch.float32, seed=4)
+    with guarded():
+        h, h_n = mingru.mingru_fwd(gate_hidden, h0)
+        actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h)
+    inputs = double(gate_hidden, h0)
+    assert_close(h, reference.mingru(*inputs)[0], SCAN, torch.float32)
+    assert torch.equal(h[:, -1], h_n)
+    steps, state = [], inputs[1]
+    for gate_hidden_t, saved in zip(inputs[0].split(1, 1), h.double().unbind(1), strict=True):
+        steps.append(reference.mingru(gate_hidden_t, state)[1])
+        state = steps[-1] + (saved - steps[-1]).detach()
+    assert_grads(actual, (torch.stack(steps, 1), state), (dh, dh_n), inputs, SCAN_GRAD, torch.float32)
 
 
-def test_mingru_small_gates_do_not_drift() -> None:
+def test_mingru_small_gates_do_not_drift(whole: None) -> None:
     """At z = 1e-5 rounding 1 - z would be off by 138 epsilons within 1,000 steps."""
     gate_hidden = torch.tensor([-11.512915, -1e4]).expand(1, 1000, 2)
     h, _ = mingru.mingru_fwd(gate_hidden, torch.ones(1, 1))
@@ -130,10 +154,12 @@ def test_log_scan(dtype: torch.dtype, layout: str, steps: int) -> None:
     check_log_scan(log_a if layout == "contiguous" else arrange(log_a, layout), log_b)
 
 
-def test_log_scan_of_zeros() -> None:
+@pytest.mark.parametrize("chunk", (3, 2, 1))
+def test_log_scan_of_zeros(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """a and b take every pattern of zeros over three steps; where x is zero, no gradient and no NaN."""
     zero, one = -torch.inf, 0.25
     patterns = torch.tensor([[zero if lane >> bit & 1 else one for lane in range(128)] for bit in range(7)])
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
     log_a, log_b = patterns[None, :3].double(), patterns[None, 3:].double()
     with guarded():
         log_x = log_scan.log_scan_fwd(log_a, log_b)
@@ -149,10 +175,12 @@ def test_log_scan_of_zeros() -> None:
     torch.testing.assert_close(dlog_b, b * db)
 
 
-def test_log_scan_is_accurate_over_time() -> None:
+@pytest.mark.parametrize("steps, chunk", ((1500, 1500), (400, 32)))
+def test_log_scan_is_accurate_over_time(steps: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decays that a float32 factor cannot hold, sums whose terms are small, and a logarithm that grows without end."""
-    log_a = torch.tensor([-1e-6, -1e-3, -0.50001, 0.3, 0.0]).expand(1, 1500, 5)
-    log_b = torch.tensor([0.0, 0.0, -1e4, 0.0, -1.2]).expand(1, 1501, 5).clone()
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
+    log_a = torch.tensor([-1e-6, -1e-3, -0.50001, 0.3, 0.0]).expand(1, steps, 5)
+    log_b = torch.tensor([0.0, 0.0, -1e4, 0.0, -1.2]).expand(1, steps + 1, 5).clone()
     log_b[:, 0] = 1.0
     log_x = log_scan.log_scan_fwd(log_a, log_b)
     assert_close(log_x, reference.log_scan(log_a.double(), log_b.double()), SCAN, torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-from convrnn.kernels import gru_gates, gru_rcn, log_scan, mingru
+from convrnn.kernels import chunks, gru_gates, gru_rcn, log_scan, mingru
 
 from .harness.guarded import KernelFault, guarded
 from .harness.inputs import randn, spread_out
@@ -60,7 +60,14 @@ def assert_same(near: tuple[Tensor, ...], far: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-def test_mingru() -> None:
+@pytest.fixture(params=(3, 2))
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Steps of a chunk: all of T, and fewer."""
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: request.param)
+    return request.param
+
+
+def test_mingru(chunk: int) -> None:
     near, far = zip(scan(10), frame(2, 1), frame(3, 1), scan(5, seed=4), scan(5, seed=5), strict=True)
     results = []
     for gate_hidden, h0, dh_n, h, dh in (near, far):
@@ -70,7 +77,7 @@ def test_mingru() -> None:
     assert_same(*results)
 
 
-def test_log_scan() -> None:
+def test_log_scan(chunk: int) -> None:
     near, far = zip(scan(7), scan(7, 4, seed=2), scan(7, 4, seed=3), scan(7, 4, seed=4), strict=True)
     results = []
     for log_a, log_b, log_x, dlog_x in (near, far):

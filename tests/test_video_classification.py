@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ for _name in ("av", "matplotlib", "safetensors", "sklearn", "tqdm"):
 import av
 from safetensors.torch import load_file
 
-from examples import video_classification, video_training, videos
+from examples import trainer, video_classification, videos
 from examples.moving_digits import CLASSES, make_dataset, write_video
 from examples.training import UserError, exit_code
 from examples.video_model import ModelConfig, VideoClassifier
@@ -120,13 +121,13 @@ def test_clips_and_views(data):
     frames = Frames([video], CLIP.resize, memory_bytes=0)
     kept = Frames([video], CLIP.resize, memory_bytes=1 << 20)
     np.testing.assert_array_equal(frames.read(video, [5, 1]), kept.read(video, [5, 1]))
-    clip, label = ClipDataset([video], frames, CLIP)[0]
+    clip, label = ClipDataset([video], frames, CLIP)[0, 0]
     assert clip.shape == (4, 3, 32, 32) and label == 3
     random = ClipDataset([video], kept, CLIP, seed=0)
     seen = []
-    for random.epoch in range(10):
-        torch.testing.assert_close(random[0], random[0])
-        seen.append(random[0][0])
+    for epoch in range(10):
+        torch.testing.assert_close(random[epoch, 0], random[epoch, 0])
+        seen.append(random[epoch, 0][0])
     assert any(not torch.equal(seen[0], other) for other in seen)
     votes = videos.views(video, kept, CLIP, clips=3, crops=5, flip=True)
     assert votes.shape == (30, 4, 3, 32, 32)
@@ -153,23 +154,24 @@ def test_vgg16_without_torchvision_says_what_to_install(monkeypatch):
 def test_an_interrupted_run_resumes_bit_for_bit(data, tmp_path, monkeypatch, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert command(*train_arguments(data, whole)) == 0
-    run_epoch = video_training.Trainer.run_epoch
+    train_step = trainer.Trainer._train_step
 
-    def stop(self, epoch):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return run_epoch(self, epoch)
+    def stop(self, batch):
+        train_step(self, batch)
+        if self.step == 3:  # the epochs have two steps
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(video_training.Trainer, "run_epoch", stop)
-        assert command(*train_arguments(data, broken)) == 130
+        patch.setattr(trainer.Trainer, "_train_step", stop)
+        assert command(*train_arguments(data, broken)) == 128 + signal.SIGTERM
+    assert "stopped after step 3" in capsys.readouterr().err
     assert command(*train_arguments(data, broken)) == 2
     assert command(*train_arguments(data, broken), "--resume", "--lr", 0.1) == 2
     assert command(*train_arguments(data, broken), "--resume") == 0
     expected, actual = (load_file(run / "last.safetensors") for run in (whole, broken))
     assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
     rows = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [2, 4]
     capsys.readouterr()
 
     assert command("test", "--run", whole, "--clips", 2, "--device", "cpu") == 0

@@ -1,5 +1,7 @@
 """Whether a combine may be given to ``tl.associative_scan``, which regroups it on a GPU and never in the interpreter."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -23,17 +25,23 @@ def _both_groupings_kernel(x, grouped, PARTS: tl.constexpr, COMBINE: tl.constexp
         tl.store(grouped + (PARTS + part) * BLOCK + i, right[part])
 
 
-def assert_associative(combine: triton.JITFunction, elements: Tensor, rtol: float = 1e-5) -> None:
+def assert_associative(
+    combine: triton.JITFunction,
+    elements: Tensor,
+    rtol: float = 1e-5,
+    of: Callable[[Tensor], Tensor] = lambda parts: parts,
+) -> None:
     """Compare (a b) c with a (b c) in the interpreter.
 
     Args:
         combine: takes the parts of two elements and returns those of their combination, a tuple.
         elements: (3, parts, n): a, b and c, n of each, n a power of two.
         rtol: relative to the largest number of a part.
+        of: what to compare of a combination's parts, where several stand for the same.
     """
     _, parts, n = elements.shape
     grouped = elements.new_empty((2, parts, n))
     _both_groupings_kernel[(1,)](elements, grouped, parts, combine, n)
-    left, right = grouped
+    left, right = map(of, grouped)
     error = (left - right).abs().amax(1) / torch.maximum(left.abs(), right.abs()).amax(1)
     assert (error <= rtol).all(), f"{combine.__name__} is not associative: parts differ by {error.tolist()}"

@@ -70,7 +70,8 @@ class _Launch:
 
     def access(self, kind: str, pointers: TensorHandle, mask: np.ndarray, program: int) -> None:
         touched = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))
-        touched = touched[np.broadcast_to(mask, touched.shape)].astype(np.int64)
+        # The interpreter holds a scalar condition that meets a mask as int64.
+        touched = touched[np.broadcast_to(mask.astype(bool), touched.shape)].astype(np.int64)
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         outside = ~_contains(self.elements.get(itemsize, np.empty(0, np.int64)), touched)
         if outside.any():

@@ -1,0 +1,116 @@
+"""ONNX: the ops as standard operators, with ONNX's Scan over time.
+
+``torch.onnx.export`` knows nothing of ``torch.ops.convrnn``. Decompose an exported program first::
+
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), (x,), dynamic_shapes=...)
+    program = program.run_decompositions(convrnn.onnx.decomposition_table())
+    torch.onnx.export(program, dynamo=True).save("module.onnx")
+
+The result runs in any runtime that has ONNX's Scan; it needs neither this package nor PyTorch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+
+from . import reference
+from .kernels.layout import state_dtype
+
+__all__ = ["decomposition_table"]
+
+
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """A decomposition of every forward op into PyTorch operations and ``scan`` over time.
+
+    To be given to ``torch.export.ExportedProgram.run_decompositions``: the operations of the model that are not ours
+    stay as they are, for the exporter to translate. Exported with gradients on, :func:`convrnn.gru_rcn` keeps its
+    activations for a backward that a decomposed program does not have: export under ``torch.no_grad()``.
+
+    Returns:
+        Overloads of ``torch.ops.convrnn`` and functions of the same signature. The decomposition of ``gru_rcn`` raises
+        ValueError where activations would be kept.
+
+    Example:
+        >>> import convrnn.onnx
+        >>> len(convrnn.onnx.decomposition_table())
+        5
+    """
+    ops = torch.ops.convrnn
+    return {
+        ops.mingru.default: _mingru,
+        ops.log_scan.default: _log_scan,
+        ops.gru_gates.default: reference.gru_gates,
+        ops.gru_update.default: reference.gru_update,
+        ops.gru_rcn.default: _gru_rcn,
+    }
+
+
+def _over_time(step: Callable[..., Tensor], first: Tensor, sequences: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """All states (B, T, *) of h = step(h, entries of the sequences (B, T, *)), and the last."""
+
+    def combine(h: Tensor, entries: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        h = step(h, *entries)
+        return h, h.clone()  # a carry and an output must not be one tensor
+
+    h_n, out = scan(combine, first.contiguous(), sequences, dim=1)  # strides of the carry must not change
+    return out, h_n
+
+
+def _mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(gate_hidden)
+    gate, hidden = gate_hidden.to(dtype).chunk(2, dim=2)
+    first = torch.full_like(gate[:, 0], 0.5) if h0 is None else h0.to(dtype)
+    sequences = torch.sigmoid(-gate), torch.sigmoid(gate) * reference.g(hidden)
+    out, h_n = _over_time(lambda h, keep, new: keep * h + new, first, sequences)
+    return out.to(gate_hidden.dtype), h_n.to(gate_hidden.dtype if h0 is None else h0.dtype).clone()
+
+
+def _log_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
+    a, b = (x.to(state_dtype(log_b)) for x in (log_a, log_b))
+
+    def step(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = a + x
+        high = torch.maximum(x, b)
+        high = torch.where(high == -float("inf"), 0.0, high)  # two zeros: -inf, not NaN
+        return high + ((x - high).exp() + (b - high).exp()).log()
+
+    rest, _ = _over_time(step, b[:, 0], (a, b[:, 1:]))
+    return torch.cat((b[:, :1], rest), 1)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``padding="same"`` in sizes that ONNX's Conv takes, of even kernels too."""
+    padding = [p for k in reversed(weight.shape[2:]) for p in ((k - 1) // 2, k // 2)]
+    return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](F.pad(x, padding), weight, bias)
+
+
+def _gru_rcn(
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    keep_gates: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if keep_gates:
+        raise ValueError("gru_rcn keeps its activations here: export under torch.no_grad()")
+    dtype, channels = state_dtype(x), C.shape[0]
+    projected = _convolution(x.flatten(0, 1), W, bias).unflatten(0, x.shape[:2])
+    xp, xc = projected.to(dtype).split([2 * channels, channels], dim=2)
+    if h0 is None:
+        first = x.new_zeros((x.shape[0], channels, *x.shape[3:]), dtype=dtype)
+    else:
+        first = h0.to(dtype)
+
+    def step(h: Tensor, xp: Tensor, xc: Tensor) -> Tensor:
+        z, _, rh = reference.gru_gates(xp, _convolution(h.to(x.dtype), U).to(dtype), h)
+        return reference.gru_update(xc, _convolution(rh.to(x.dtype), C).to(dtype), z, h)[1]
+
+    out, h_n = _over_time(step, first, (xp, xc))
+    return out.to(x.dtype), h_n.to(x.dtype if h0 is None else h0.dtype).clone(), x.new_empty(0)

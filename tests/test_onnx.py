@@ -1,0 +1,80 @@
+"""ONNX: exported through convrnn.onnx, run in onnxruntime, for sizes other than those of the export."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+import convrnn
+import convrnn.onnx
+from convrnn.info import OPS
+
+from .modules import MODULES, tensors
+from .samples import forward_samples
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path))
+    names = [given.name for given in session.get_inputs()]
+    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))]
+
+
+def export(module, inputs, shapes, path):
+    with torch.no_grad():
+        program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+    program = program.run_decompositions(convrnn.onnx.decomposition_table())
+    model = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert {node.domain for node in model.model.graph} <= {"", "ai.onnx"}  # standard operators alone
+    model.save(str(path))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name, tmp_path, device):
+    module, x = MODULES[name].make()
+    path = tmp_path / "module.onnx"
+    export(module, (x,), ({dim: Dim.AUTO for dim in range(x.dim()) if dim != 2},), path)
+    larger = torch.randn([size + (3 + dim if dim != 2 else 0) for dim, size in enumerate(x.shape)])
+    for y in (x, larger):
+        for a, b in zip(run(path, y), tensors(module(y)), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["GRU_RCN", "MinGRU"])
+def test_a_stream(name, tmp_path, device):
+    """Frame by frame, the state carried by the caller."""
+    module, x = MODULES[name].make()
+    state = module.init_hidden_state(x)
+    path = tmp_path / "step.onnx"
+    export(module, (x[:, :1].contiguous(), state), None, path)
+    frames, states = [], [s.clone() for s in tensors(state)]
+    for t in range(x.shape[1]):
+        frame, *states = run(path, x[:, t : t + 1].contiguous(), *states)
+        frames.append(frame)
+    torch.testing.assert_close(torch.cat(frames, 1), module(x)[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_decompositions_are_the_ops(op, device):
+    """In shape, dtype and value, with and without a state, with kernels of even sizes and in one dimension."""
+    overload = getattr(torch.ops.convrnn, op).default
+    samples = forward_samples(op, device)
+    for arguments in [samples[1], samples[2], samples[4]] if op == "gru_rcn" else samples[:2]:
+        if op == "gru_rcn":
+            arguments = (*arguments, None)[:6] + (False,)
+        found = convrnn.onnx.decomposition_table()[overload](*arguments)
+        for a, b in zip(tensors(found), tensors(overload(*arguments)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_kept_activations_are_refused(device):
+    arguments = forward_samples("gru_rcn", device)[0]
+    with pytest.raises(ValueError, match=r"export under torch\.no_grad"):
+        convrnn.onnx.decomposition_table()[torch.ops.convrnn.gru_rcn.default](*arguments)

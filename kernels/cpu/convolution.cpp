@@ -18,7 +18,7 @@ using winograd::tiles;
 
 namespace {
 
-// Input lanes that a product sums in one go. Most of the error is that of these sums, and tiles of 4x4 magnify it.
+// Input lanes that a product sums in one go with tiles of 4x4, which magnify the error of these sums.
 constexpr int64_t kDepth = 64;
 
 int64_t frame_tiles(const Size& size, int64_t tile) {
@@ -69,7 +69,7 @@ int64_t ConvShape::tile() const {
   }
   // More transformed weights than the last-level cache holds are read from memory for every frame: 36 planes take longer
   // than the products that they save.
-  constexpr int64_t kWeights = 8 << 20;
+  constexpr int64_t kWeights = 4 << 20;
   const int64_t side = products(4) * in.lanes() * out.lanes() > kWeights ? 2 : frame.tile;
   // Products of the two methods; the transforms cost about a quarter of those they come with.
   return products(side) * frame_tiles(size, side) * 5 / 4 < 3 * (3 * size.height - 2) * size.width ? side : 0;
@@ -189,7 +189,7 @@ void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t 
   const Size& size = shape_.frame.size;
   const int64_t lanes = shape_.in.lanes(), in_row = shape_.frame.width * shape_.in.pixel;
   const int64_t out_row = size.width * shape_.out.pixel;
-  const int64_t across = tiles(size.width, M);
+  const int64_t across = tiles(size.width, M), depth = M == 4 ? kDepth : lanes;
   const int64_t most_rows = M * std::max<int64_t>(1, most_tiles(M) / across);
   for (int64_t begin = part.row_begin; begin < part.row_end; begin += most_rows) {
     const int64_t end = std::min(part.row_end, begin + most_rows), count = tiles(end - begin, M) * across;
@@ -204,9 +204,9 @@ void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t 
       const int64_t width = panel.blocks * kColumns, result_plane = plane_size(count, width);
       if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
         for (int64_t product = 0; product < products(M); ++product) {
-          for (int64_t k = 0; k < lanes; k += kDepth) {
+          for (int64_t k = 0; k < lanes; k += depth) {
             const Factors<A> factors{inputs + product * plane + k, weights + (product * lanes + k) * width};
-            multiply(&factors, 1, std::min(kDepth, lanes - k), count, panel.blocks, {lanes, 1, width, width},
+            multiply(&factors, 1, std::min(depth, lanes - k), count, panel.blocks, {lanes, 1, width, width},
                      results + product * result_plane, k > 0);
           }
         }

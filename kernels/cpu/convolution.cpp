@@ -25,11 +25,13 @@ int64_t frame_tiles(const Size& size, int64_t tile) {
   return tiles(size.height, tile) * tiles(size.width, tile);
 }
 
-// The largest tile that gains anything in a frame: what the frame needs zeros for.
-int64_t largest_tile(const Size& size) {
-  constexpr int64_t kFew = 4;  // of fewer tiles, the products have too few rows to hide their latency
+// The largest tile that gains anything: what a frame needs zeros for.
+int64_t largest_tile(const Size& size, int64_t frames) {
+  constexpr int64_t kFew = 4;  // of fewer tiles in a frame, the products have too few rows to hide their latency
+  constexpr int64_t kAll = 32;  // fewer in a call do not repay the weights' transform
   const int64_t large = frame_tiles(size, 4);
-  return size.depth == 1 && large >= kFew && 4 * products(4) * large < 3 * products(2) * frame_tiles(size, 2) ? 4 : 2;
+  return size.depth == 1 && large >= kFew && frames * large >= kAll &&
+                 4 * products(4) * large < 3 * products(2) * frame_tiles(size, 2) ? 4 : 2;
 }
 
 }  // namespace
@@ -45,8 +47,8 @@ std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks
   return panels;
 }
 
-Frame::Frame(const Size& size, const std::vector<Size>& kernels)
-    : size(size), tile(largest_tile(size)), top(0), left(0) {
+Frame::Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels)
+    : size(size), tile(largest_tile(size, frames)), top(0), left(0) {
   for (const Size& kernel : kernels) {
     top = std::max(top, kernel.height / 2);
     left = std::max(left, kernel.width / 2);

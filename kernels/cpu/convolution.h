@@ -38,7 +38,7 @@ struct Frame {
   int64_t tile;                      // side of Winograd's tiles, if a convolution takes that method
   int64_t top, left, height, width;  // of a plane with its zeros
 
-  Frame(const Size& size, const std::vector<Size>& kernels);
+  Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels);  // of so many frames of a call
   int64_t pixels() const {
     return size.depth * height * width;
   }

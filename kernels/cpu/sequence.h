@@ -31,7 +31,7 @@ struct Problem {
         inputs(x.size(2)),
         channels(C.size(0)),
         pitch(padded(channels)),
-        frame(frame_size(x, 3), {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
+        frame(frame_size(x, 3), batch * steps, {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
         w(frame_size(W, 2)),
         u(frame_size(U, 2)),
         c(frame_size(C, 2)) {}

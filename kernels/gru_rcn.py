@@ -3,15 +3,16 @@
 z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 - z).h + z.c
 
 Forward runs the input convolution once over all B*T frames; a step is two convolutions (U, C) and two kernels (gates,
-update). The activations z, r, c are written over the input projection, and they and h are all that is saved.
+update), or, on small maps, two kernels that convolve themselves (``gru_step``). The activations z, r, c are written over
+the input projection, and they and h are all that is saved.
 Backward runs the two data-gradient convolutions and two kernels a step, keeps the gradients of all pre-activations, and
 takes every weight gradient, and x's, once over all B*T frames.
 
 The state and its gradient are float32 from step to step (float64 for float64), convolutions see them rounded to x's
 dtype. Moved between memory and the kernels, in elements per lane and step: forward 15 (16 where the state is rounded),
 backward 18, three of which are second copies that spare a convolution the copying of its batch-strided input.
-There is no synchronisation with the
-host and no allocation that depends on data, so both directions can be captured in a CUDA graph.
+There is no synchronisation with the host and no allocation that depends on data, so both directions can be captured in
+a CUDA graph.
 """
 
 import torch

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import convrnn
+from convrnn import reference
 
 from .compare import TOLERANCE, assert_close
 from .differentiable import CASES, Case
 
 pytestmark = pytest.mark.compiled
+
+
+def with_small_recurrent_weights(f: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Sums over 32 channels stay as small as those over 8, so that an error does not grow from step to step."""
+    return lambda x, h0, W, U, C, bias: tuple(f(x, h0, W, U / 10, C / 10, bias))
+
 
 OPS = {
     "mingru": CASES["mingru-h0"]._replace(shapes=((2, 9, 64, 5, 4), (2, 32, 5, 4))),
@@ -29,8 +36,10 @@ OPS = {
         shapes=((2, 4, 3, 6, 5), (2, 8, 6, 5), (24, 3, 3, 3), (16, 8, 3, 3), (8, 8, 3, 3), (24,))
     ),
     # With TF32, which it needs, a step is two implicit GEMMs at this size.
-    "gru_rcn-gemm": CASES["gru_rcn-h0-bias"]._replace(
-        shapes=((2, 4, 3, 6, 5), (2, 32, 6, 5), (96, 3, 3, 3), (64, 32, 3, 3), (32, 32, 3, 3), (96,))
+    "gru_rcn-gemm": Case(
+        with_small_recurrent_weights(convrnn.gru_rcn),
+        with_small_recurrent_weights(reference.gru_rcn),
+        ((2, 4, 3, 6, 5), (2, 32, 6, 5), (96, 3, 3, 3), (64, 32, 3, 3), (32, 32, 3, 3), (96,)),
     ),
 }
 MODULES: dict[str, tuple[Callable[[str], nn.Module], tuple[int, ...]]] = {

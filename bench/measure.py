@@ -23,7 +23,7 @@ Key = tuple[str, str]  # provider, pass
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 BLOCK_S = 0.01  # a turn lasts at least this long
-SLOW_MS = 100  # a call that takes longer has one turn in a sweep
+SLOW_MS = 40  # a call that takes longer has one turn in a sweep
 
 
 def parameters(run: Run) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
-BEATEN = 3  # a slow baseline that takes so many times the best one's time is no longer in question
-CLOSE = 1.25  # one that a process would have to compile anew is, where it takes more than this
+BEATEN = 1.5  # a slow baseline that takes so many times the best one's time is no longer in question
+CLOSE = 1.1  # one that a process would have to compile anew is, where it takes more than this
 
 Turns = dict[Key, list[float]]  # milliseconds a call
 
@@ -40,7 +40,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(sweeps=1, rounds=3, compile=False, exhaustive=False),
-    "default": Effort(sweeps=3, rounds=2, compile=True, exhaustive=False),
+    "default": Effort(sweeps=2, rounds=3, compile=True, exhaustive=False),
     "full": Effort(sweeps=6, rounds=3, compile=True, exhaustive=True),
 }
 

@@ -40,7 +40,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(sweeps=1, rounds=3, compile=False, exhaustive=False),
-    "default": Effort(sweeps=2, rounds=3, compile=True, exhaustive=False),
+    "default": Effort(sweeps=3, rounds=2, compile=True, exhaustive=False),
     "full": Effort(sweeps=6, rounds=3, compile=True, exhaustive=True),
 }
 

@@ -56,7 +56,7 @@ class Launch:
     stack: int  # bytes per thread
     local: int  # bytes per thread
     shared: int  # bytes per program
-    loads: Counter[int]  # global loads by width in bits
+    loads: Counter[int]  # global loads by width in bits, those into shared memory among them
     stores: Counter[int]  # global stores by width in bits
     spills: int  # instructions on local memory (LDL, STL)
     barriers: int
@@ -206,9 +206,9 @@ def _count(sass: str) -> tuple[Counter[int], Counter[int], Counter[str]]:
     stores: Counter[int] = Counter()
     others: Counter[str] = Counter()
     for name, suffixes in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([.\w]*)", sass):
-        if name in ("LDG", "STG"):
+        if name in ("LDG", "LDGSTS", "STG"):
             width = next((_WIDTHS[part] for part in suffixes.split(".") if part in _WIDTHS), 32)
-            (loads if name == "LDG" else stores)[width] += 1
+            (stores if name == "STG" else loads)[width] += 1
         else:
             others[name] += 1
     return loads, stores, others

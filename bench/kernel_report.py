@@ -37,7 +37,8 @@ LEGEND = (
     "program's + 1 KB), 32) programs x warps / 64, with 164 KB of shared memory on sm_80 and 228 KB on the others. 128 bits: "
     "share of the load and store instructions of at least that width. Bytes and FLOP: of a lane and step, as declared in "
     "bench/kernels.py and counted by the tests; exp, log and quotients count as one, and what a kernel moves once for a lane, or "
-    "for a chunk of T (maps, carries), is left out. Reduce, carries and replay: of a scan whose T is cut in chunks."
+    "for a chunk of T (maps, carries), is left out. Reduce, carries and replay: of a scan whose T is cut in chunks. Kernels that "
+    "convolve are shown without what their weights and their products take; the floors have both."
 )
 FLOORS = (
     "FLOORS, not measurements: bytes moved over the memory bandwidth of the makers' data sheets (GB/s: "
@@ -173,7 +174,7 @@ def count_all(arch: int) -> tuple[list[Floor], list[Moved]]:
                     )
                 )
                 ours = OURS if op.chunks(shape, dtype) == 1 else CHUNKED
-                if ours not in shown:
+                if ours not in shown and not op.convolves:  # plain PyTorch's convolutions are not counted
                     shown.add(ours)
                     forms = {} if total is None else {ours: total}
                     if ours == OURS:
@@ -321,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     codes = compile_all(ARCHS)
     floors, moved = count_all(ARCHS[0])
-    show(codes, floors, moved, Console(width=176))
+    show(codes, floors, moved, Console(width=196))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text(codes, floors, moved))
     image = options.output.with_name(options.output.stem.removesuffix("s") + "-floors.png")

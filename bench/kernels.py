@@ -36,6 +36,8 @@ class Traffic:
         flop_once: likewise.
         chunk: bytes of a lane and chunk besides, where T is cut.
         flop_chunk: likewise.
+        products: of a GRU step that convolves in its kernel, by how many (C, C, 3, 3) weights. Its bytes are those moved
+            to and from memory, each once; what comes again from the cache is not counted.
     """
 
     step: Bytes
@@ -44,6 +46,7 @@ class Traffic:
     flop_once: int = 0
     chunk: Bytes = NOTHING
     flop_chunk: int = 0
+    products: int = 0
 
     def lane(self, e: int, s: int, steps: int, chunks: int) -> tuple[int, int, int]:
         """Bytes read, bytes written and FLOP of a lane."""
@@ -128,7 +131,17 @@ class Op:
             lane = self.declared[kernel].lane(e, s, steps, self.chunks(shape, dtype))
             total = [sum_ + count * n for sum_, n in zip(total, lane, strict=True)]
         read, written, flop = (lanes * n for n in total)
+        products = sum(count * self.declared[kernel].products for kernel, count in launches.items())
+        if products:
+            channels = shape[3]
+            read += products * 9 * channels**2 * e
+            flop += products * 2 * 9 * channels * lanes
         return read, written, flop
+
+    @property
+    def convolves(self) -> bool:
+        """Whether its kernels convolve."""
+        return any(kernel.products for kernel in self.kernels.values())
 
 
 def scan_inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -190,6 +203,7 @@ def _gru_rcn_bwd(x: Tensor, h0: Tensor, W: Tensor, U: Tensor, C: Tensor) -> None
 
 SCANS = ((4, 16, 64, 56, 56), (16, 256, 512), (1, 65536, 64))  # of the last two T is cut in chunks
 FRAMES = ((16, 64, 7, 7), (4, 64, 28, 28), (16, 256, 14, 14))
+SMALL_MAPS = ((16, 10, 64, 64, 7, 7), (1, 16, 64, 64, 7, 7), (32, 10, 128, 128, 4, 4))
 SEQUENCES = ((16, 10, 64, 64, 7, 7), (4, 10, 64, 64, 28, 28), (16, 10, 256, 256, 14, 14))
 LOOP = "plain PyTorch"  # at its best: all that can be outside the loop over time, and convolutions hoisted
 MINGRU = {LOOP: lambda gate_hidden, h0: time_loop(gate_hidden)}
@@ -310,11 +324,28 @@ OPS: dict[str, Op] = {
     "gru_rcn_fwd": Op(
         SEQUENCES,
         sequence_inputs,
-        lambda *inputs: gru_rcn.gru_rcn_fwd(*inputs, None),
+        lambda *inputs: gru_rcn.gru_rcn_fwd(*inputs, None, "cudnn"),
         # the update also writes h' to the output and, where the state is not of x's dtype, for the convolution
         {
             "gru_gates_fwd_kernel": GATES,
             "gru_update_fwd_kernel": Traffic(lambda e, s: (3 * e + s, 2 * e + s + (e if e < s else 0)), 22),
+        },
+        {LOOP: hoisted_gru_rcn},
+        wide_state=True,
+    ),
+    "gru_rcn_fwd, gemm": Op(
+        SMALL_MAPS,
+        sequence_inputs,
+        lambda *inputs: gru_rcn.gru_rcn_fwd(*inputs, None, "gemm"),
+        {
+            # the state and, where it is not of x's dtype, its copy, xz, xr in, z, r, rh out
+            "gru_conv_gates_fwd_kernel": Traffic(
+                lambda e, s: (2 * e + s + (e if e < s else 0), 3 * e), GATES.flop, products=2
+            ),
+            # rh, xc, z, h in, c, h', its copies for the output and for the next step out
+            "gru_conv_update_fwd_kernel": Traffic(
+                lambda e, s: (3 * e + s, 2 * e + s + (e if e < s else 0)), 22, products=1
+            ),
         },
         {LOOP: hoisted_gru_rcn},
         wide_state=True,

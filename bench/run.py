@@ -22,8 +22,8 @@ from .providers import compiled
 from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
-BEATEN = 3  # a slow baseline that takes so many times the best one's time is no longer in question
-CLOSE = 1.25  # one that a process would have to compile anew is, where it takes more than this
+BEATEN = 1.5  # a slow baseline that takes so many times the best one's time is no longer in question
+CLOSE = 1.1  # one that a process would have to compile anew is, where it takes more than this
 
 Turns = dict[Key, list[float]]  # milliseconds a call
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .ops._library import BACKEND, LIBRARY
+from .ops._library import BACKEND, GRU_STEP, LIBRARY
 
 OPS = ("mingru", "log_scan", "gru_gates", "gru_update", "gru_rcn")
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta", "autograd": "Autograd", "autocast": "AutocastCPU"}
@@ -126,6 +126,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "library": str(LIBRARY),
         "backend": BACKEND,
+        "gru_step": GRU_STEP,
         "isa": chosen,
         "isa_available": available.split(","),
         "threads": torch.get_num_threads(),
@@ -150,7 +151,7 @@ def _failures(report: dict[str, Any]) -> list[str]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    for key in ("convrnn", "torch", "python", "platform", "library", "backend", "threads", "triton", "gpu"):
+    for key in ("convrnn", "torch", "python", "platform", "library", "backend", "gru_step", "threads", "triton", "gpu"):
         print(f"{key:<10} {report[key]}")
     print(
         f"{'cpu isa':<10} {report['isa']} (this machine has {', '.join(report['isa_available'])}; CONVRNN_ISA forces one)"

@@ -3,15 +3,16 @@
 z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 - z).h + z.c
 
 Forward runs the input convolution once over all B*T frames; a step is two convolutions (U, C) and two kernels (gates,
-update). The activations z, r, c are written over the input projection, and they and h are all that is saved.
+update), or, on small maps, two kernels that convolve themselves (``gru_step``). The activations z, r, c are written over
+the input projection, and they and h are all that is saved.
 Backward runs the two data-gradient convolutions and two kernels a step, keeps the gradients of all pre-activations, and
 takes every weight gradient, and x's, once over all B*T frames.
 
 The state and its gradient are float32 from step to step (float64 for float64), convolutions see them rounded to x's
 dtype. Moved between memory and the kernels, in elements per lane and step: forward 15 (16 where the state is rounded),
 backward 18, three of which are second copies that spare a convolution the copying of its batch-strided input.
-There is no synchronisation with the
-host and no allocation that depends on data, so both directions can be captured in a CUDA graph.
+There is no synchronisation with the host and no allocation that depends on data, so both directions can be captured in
+a CUDA graph.
 """
 
 import torch
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
+from .gru_step import gru_conv_step_fwd, pack_weights, use_gemm
 from .layout import dense, state_dtype
 from .math import jit_kernel, program_lanes
 
@@ -129,7 +131,7 @@ def _conv_backward(
 
 
 def gru_rcn_fwd(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None
+    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GRU-RCN over (B, T) frames of 1, 2 or 3 dimensions.
 
@@ -140,6 +142,7 @@ def gru_rcn_fwd(
         U: (2*Oh, Oh, *k'), recurrent weights z, r.
         C: (Oh, Oh, *k'), candidate's recurrent weights.
         bias: (3*Oh,), or None.
+        step: "auto", "gemm" or "cudnn": how a step is computed, see :func:`use_gemm`.
 
     Returns:
         out (B, T, Oh, *S) in x's dtype, h_n (B, Oh, *S) in h0's (without h0, x's), gates (B, T, 3*Oh, *S), the
@@ -148,11 +151,13 @@ def gru_rcn_fwd(
     batch, steps, _, *space = x.shape
     features = C.shape[0]
     out = x.new_empty((batch, steps, features, *space))
-    state_shape = (batch, features, *space)
+    gemm = out.numel() > 0 and use_gemm(step, x, U, C)
+    state_shape = (batch, *space, features) if gemm else (batch, features, *space)
     if h0 is None:
         state = x.new_zeros(state_shape, dtype=state_dtype(x))
     else:
-        state = h0.to(state_dtype(x), copy=True, memory_format=torch.contiguous_format)
+        first = h0.movedim(1, -1) if gemm else h0
+        state = first.to(state_dtype(x), copy=True, memory_format=torch.contiguous_format)
     dtype = x.dtype if h0 is None else h0.dtype
     if out.numel() == 0:
         return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
@@ -162,6 +167,11 @@ def gru_rcn_fwd(
     rounds = x.dtype != state.dtype
     frame = state.to(x.dtype)
     rh = torch.empty_like(frame)
+    if gemm:
+        weights = pack_weights(U, C)
+        for t in range(steps):
+            gru_conv_step_fwd(gates[:, t], state, frame, rh, out[:, t], *weights, zero_state=t == 0 and h0 is None)
+        return out, dense(state.movedim(-1, 1).to(dtype)), gates
     no_state = x.new_zeros((1, 2 * features, *space)).expand(batch, -1, *space)
     for t in range(steps):
         skip = t == 0 and h0 is None  # convolutions of a zero state

@@ -22,19 +22,20 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name, device):
-    assert gradgradcheck(CASES[name].ours, leaves(CASES[name], device), fast_mode=INTERPRETED)
+    assert gradgradcheck(CASES[name].ours, leaves(CASES[name], device))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_forward_mode_gradcheck(name, device):
     """Forward over nothing, and forward over reverse: the tangents of the op and of its backward."""
     inputs = leaves(CASES[name], device)
-    fast = {"fast_mode": INTERPRETED}
     over = {"check_fwd_over_rev": True, "check_rev_over_rev": False, "check_undefined_grad": False}
-    assert gradcheck(CASES[name].ours, inputs, check_forward_ad=True, check_backward_ad=False, **fast)
-    assert gradgradcheck(CASES[name].ours, inputs, **over, **fast)
+    assert gradcheck(CASES[name].ours, inputs, check_forward_ad=True, check_backward_ad=False)
+    assert gradgradcheck(CASES[name].ours, inputs, **over)
 
 
 @pytest.mark.compiled

@@ -50,6 +50,7 @@ def test_vmap_is_a_loop(name, device):
             close(y, expected)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_through_vmap(name, device):
     """vmap of grad (per-sample gradients), grad of vmap, and backward of vmap outside of torch.func."""
@@ -71,12 +72,13 @@ def test_gradients_through_vmap(name, device):
             close(b, c)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_nested_vmap(name, device):
     case = CASES[name]
     count = len(case.shapes)
     inputs = case.inputs(device, torch.float64, 0, 2, 3)
-    for outer, inner in (((1,) * count, (0,) * count), ((0,) * count, (0,) * count))[: 1 if INTERPRETED else 2]:
+    for outer, inner in (((1,) * count, (0,) * count), ((0,) * count, (0,) * count)):
         ys = vmap(vmap(case.ours, inner), outer)(*inputs)
         rows = [
             looped(case.reference, [x.select(outer[0], i) for x in inputs], inner, (3, 2)[outer[0]])
@@ -166,6 +168,7 @@ MODULES = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", MODULES)
 def test_ensembles_and_per_sample_gradients_of_modules(name, device):
     make, shape = MODULES[name]

@@ -70,6 +70,7 @@ def test_every_instruction_set_passes_and_agrees():
     [
         ("CONVRNN_ISA", "sse9", "CONVRNN_ISA must be one of"),
         ("CONVRNN_BACKEND", "cudnn", "CONVRNN_BACKEND must be one of auto, triton"),
+        ("CONVRNN_GRU_STEP", "triton", "CONVRNN_GRU_STEP must be one of cudnn, gemm, auto"),
     ],
 )
 def test_wrong_switches_are_errors_at_import(variable, value, message):

@@ -13,6 +13,7 @@ from bench.kernels import OPS, Eager, Op, Shape, eager, phases
 from convrnn.kernels import chunks
 
 from .harness.guarded import guarded
+from .harness.inputs import DTYPES
 
 # Whole programs in every dtype, because FLOP of masked lanes count, and steps that no number loaded ahead divides.
 EXTENTS = {3: (2, 9, 1024), 4: (2, 64, 4, 8), 6: (2, 3, 2, 32, 4, 8)}
@@ -34,16 +35,19 @@ def check_traffic(op: Op, shape: Shape, dtype: torch.dtype, declared: Iterable[s
     assert set(found) == set(declared)
     for kernel, launch in zip(found, launches, strict=True) if op.chunked else ():
         assert (launch.loaded, launch.stored, launch.flop) == op.work(shape, dtype, Counter([kernel])), kernel
-    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in ("loaded", "stored", "flop"))
+    moved = ("distinct_loaded", "stored", "flop")
+    counted = tuple(sum(getattr(launch, what) for launch in launches) for what in moved)
     assert counted == op.work(shape, dtype, Counter(found))
-    # No element is moved twice by one launch.
-    assert all((x.loaded, x.stored) == (x.distinct_loaded, x.distinct_stored) for x in launches)
+    # No element is moved twice by one launch, but for the neighbours and the weights of a convolution.
+    assert all(x.stored == x.distinct_stored for x in launches)
+    assert op.convolves or all(x.loaded == x.distinct_loaded for x in launches)
 
 
 @pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN everywhere
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name, dtype", [(name, dtype) for name in OPS for dtype in DTYPES if dtype.itemsize < 8 or not OPS[name].convolves]
+)
 def test_declared_traffic_is_what_the_interpreter_counts(name: str, dtype: torch.dtype) -> None:
     check_traffic(OPS[name], small(name), dtype, OPS[name].kernels)
 
@@ -110,15 +114,29 @@ def test_scans_move_no_more_than_their_inputs_and_outputs(op: str, steps: int, s
     assert read + written == lanes * (steps * step + once) and once <= 12
 
 
-@pytest.mark.parametrize("name", ("gru_rcn_fwd", "gru_rcn_bwd"))
-@pytest.mark.parametrize("dtype, forward", ((torch.float32, 15), (torch.bfloat16, 16)), ids=str)
-def test_gru_rcn_moves_what_its_documentation_says(name: str, dtype: torch.dtype, forward: int) -> None:
-    """In elements of a lane and step, be they of the state or not."""
-    launches = Counter(OPS[name].kernels)
-    lane = [sum(kernel.step(1, 1)) for kernel in OPS[name].kernels.values()]
-    e, s = OPS[name].sizes(dtype)
-    rounds = name == "gru_rcn_fwd" and e < s
-    assert len(launches) == 2 and sum(lane) + rounds == (forward if name == "gru_rcn_fwd" else 18)
+@pytest.mark.parametrize(
+    "name, float32, bfloat16", (("gru_rcn_fwd", 15, 16), ("gru_rcn_fwd, gemm", 13, 15), ("gru_rcn_bwd", 18, 18))
+)
+def test_gru_rcn_moves_what_its_documentation_says(name: str, float32: int, bfloat16: int) -> None:
+    """In elements of a lane and step, be they of the state or not; a rounded copy of the state is the difference."""
+    assert len(OPS[name].kernels) == 2
+    e, s = 1_000, 1_001
+    for expected, sizes in ((float32, (e, e)), (bfloat16, (e, s))):
+        assert sum(sum(kernel.step(*sizes)) for kernel in OPS[name].kernels.values()) // e == expected
+
+
+@pytest.mark.interpreted
+def test_gemm_rereads_neighbours_and_weights_as_its_documentation_says() -> None:
+    """(3H - 2)(3W - 2) neighbours of a sample's pixels for each of two blocks of channels, weights for each of two blocks
+    of pixels: what comes from the cache, and nothing more."""
+    batch, channels, height, width, e = 3, 40, 5, 8, 2
+    with guarded() as launches:
+        OPS["gru_rcn_fwd, gemm"].run((batch, 1, 2, channels, height, width), torch.bfloat16, "cpu")
+    lanes = batch * channels * height * width
+    neighbours = batch * channels * (3 * height - 2) * (3 * width - 2) * e
+    for launch, products, others in zip(launches, (2, 1), (2 * e + 4, 2 * e + 4), strict=True):
+        weights = products * 9 * channels**2 * e
+        assert launch.loaded == 2 * neighbours + 2 * weights + others * lanes
 
 
 def test_eager_counts_reads_and_writes_without_views() -> None:
@@ -133,7 +151,9 @@ def test_eager_counts_reads_and_writes_without_views() -> None:
     assert (found.bytes, found.ops, found.convolutions) == (0, 0, 1)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name", [name for name in OPS if not OPS[name].convolves]
+)  # plain convolutions are not counted
 def test_kernels_move_less_than_plain_pytorch(name: str) -> None:
     op, shape = OPS[name], small(name)
     steps = op.extent(shape)[1]

@@ -24,7 +24,13 @@ def inputs(*shape, device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 7, 5), (1, 1, 1), (3, 4), (1, 5, 301), (1, 3, 1029), (2, 300, 3), (2, 3, 2, 3, 5)], ids=str
+    "shape",
+    [
+        *((2, 7, 5), (1, 1, 1), (3, 4), (1, 5, 301), (1, 3, 1029), (2, 3, 2, 3, 5)),
+        # slow in the interpreter; of the Triton kernels, test_triton_scans has longer ones
+        pytest.param((2, 300, 3), marks=pytest.mark.compiled),
+    ],
+    ids=str,
 )
 def test_matches_reference(shape, dtype, device):
     check_against_reference(log_scan, reference.log_scan, inputs(*shape, device=device, dtype=dtype))

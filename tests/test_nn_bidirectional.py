@@ -112,6 +112,7 @@ def test_gradients_reach_shared_weights_from_both_directions(case, device):
     assert_close(list(total), [a + b for a, b in zip(split[: len(total)], split[len(total) :], strict=True)])
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("case", "shared"), [("mingru", True), ("conv", False), ("gru_rcn", True), ("gru_rcn_time_first", False)]
 )
@@ -127,6 +128,7 @@ def test_copies_script_compile(case, shared, device):
     assert_close(scripted.init_hidden_state(x), rnn.init_hidden_state(x))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", ["mingru", "conv", "gru_rcn"])
 def test_export_with_dynamic_time(case, device):
     rnn = build(case, False, device)

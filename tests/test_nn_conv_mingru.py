@@ -144,6 +144,7 @@ def test_residual_decided_as_by_running_a_frame():
         assert keeps_size((k, k), (stride, stride), (padding, padding)) == same
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", ["cell_stride", "same", "strides"])
 def test_copies_script_compile(case, device):
     rnn = build(case, device)

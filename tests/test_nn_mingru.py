@@ -140,6 +140,7 @@ def test_keys(device):
     assert "3, hidden_sizes=[4, 4, 6], dropout=0.0, residual=True" in repr(rnn)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", ["cell", "all"])
 def test_copies_script_compile(case, device):
     rnn = build(case, device)

@@ -1,11 +1,7 @@
 """What PyTorch expects of an op: opcheck, fakes, torch.compile, autocast, scripting; for every op."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import convrnn
 from convrnn.info import OPS
@@ -116,6 +112,7 @@ def _loss(outputs):
     return sum(y.float().square().sum() for y in outputs)
 
 
+@pytest.mark.compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("op", OPS)
@@ -132,27 +129,6 @@ def test_compile_fullgraph(op, dynamic, device):
         for a, b in zip(eager, traced, strict=True):
             if isinstance(a, torch.Tensor):
                 torch.testing.assert_close(b.grad, a.grad)
-
-
-@pytest.mark.slow
-def test_inductor_and_changing_lengths_compile_once(device):
-    """The whole stack, code generation included; T, B, H and W change without a compilation each."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
-
-    def f(x, W, U, C):
-        out, h_n = convrnn.gru_rcn(x * 2, None, W, U, C)
-        gate_hidden = torch.cat((out, out.relu()), 2)
-        return convrnn.mingru(gate_hidden)[0].sum() + h_n.sum()
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
-    weights = [torch.randn(*shape, device=device) / 4 for shape in ((9, 2, 3, 3), (6, 3, 3, 3), (3, 3, 3, 3))]
-    # first sizes that differ from each other and from the channels: Dynamo takes equal ones for one
-    for batch, steps, height, width in ((4, 5, 7, 8), (5, 4, 6, 7), (4, 7, 5, 9)):
-        x = torch.randn(batch, steps, 2, height, width, device=device, requires_grad=True)
-        torch.testing.assert_close(compiled(x, *weights), f(x, *weights), rtol=1e-4, atol=1e-4)
-        compiled(x, *weights).backward()
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -173,25 +149,3 @@ def test_scripting(op, device, tmp_path):
     for arguments in forward_samples(op, device):
         for a, b in zip(scripted(*arguments), getattr(convrnn, op)(*arguments), strict=True):
             assert torch.equal(a, b)
-
-
-def test_scripted_archive_loads_with_the_library_alone(tmp_path, device):
-    """A process that never imports convrnn runs a scripted model after torch.ops.load_library."""
-    if device != "cpu":
-        pytest.skip("the library alone holds the CPU kernels")
-    from convrnn.ops._library import LIBRARY
-
-    class Model(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.ops.convrnn.mingru(x)[0]
-
-    x = torch.randn(2, 5, 6)
-    torch.jit.script(Model()).save(str(tmp_path / "model.pt"))
-    torch.save((x, Model()(x)), tmp_path / "case.pt")
-    code = (
-        "import sys, torch; torch.ops.load_library(sys.argv[1]); x, y = torch.load(sys.argv[3]);"
-        "assert torch.allclose(torch.jit.load(sys.argv[2])(x), y, atol=1e-6); assert 'convrnn' not in sys.modules"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(LIBRARY), str(tmp_path / "model.pt"), str(tmp_path / "case.pt")], check=True
-    )

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 
 from bench.kernels import OPS, phases
 
-from .harness.compiled import AMD, ARCHS, Launch, check, compiling
+from .harness.compiled import AMD, ARCHS, Launch, check, check_product, compiling
 
 pytestmark = pytest.mark.compiled
 
@@ -34,6 +34,8 @@ REGISTERS = {
     "gru_gates_bwd_kernel": 56,
     "gru_update_fwd_kernel": 48,
     "gru_update_bwd_kernel": 56,
+    "gru_conv_gates_fwd_kernel": 184,
+    "gru_conv_update_fwd_kernel": 192,
     "gru_rcn_bwd_candidate_kernel": 64,
     "gru_rcn_bwd_reset_kernel": 48,
 }
@@ -59,6 +61,10 @@ def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
     # A float32 state beside 16-bit gates: a step exchanges lanes once before it stores, a scan never.
     barriers = int(name.startswith("gru_rcn") and dtype.itemsize == 2)
     for phase, launch in launches_of(name, dtype, arch):
+        assert launch.grid[0] < 2**31, phase
+        if OPS[name].convolves:
+            check_product(launch, dtype.itemsize, REGISTERS[phase])
+            continue
         # 64 bits of a 16-bit tensor beside 128 of log x, or of a map; carries lane by lane, h0 and log b_0 among them.
         narrow = dtype.itemsize == 2 and (name.startswith("log_scan") or phase != launch.kernel)
         widths = {64, 128} if narrow else {128}
@@ -68,7 +74,6 @@ def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
         assert set(launch.loads + launch.stores) <= widths, phase
         # Chunks have few warps to a program, and are there because lanes do not fill the device.
         assert launch.occupancy >= (3 / 8 if phase in OPS[name].kernels else 5 / 16), phase
-        assert launch.grid[0] < 2**31, phase
 
 
 @pytest.mark.slow
@@ -80,6 +85,7 @@ def test_amd(name: str, dtype: torch.dtype) -> None:
         assert launch.stack == launch.spills == 0, phase
         assert not launch.narrow_offsets and not launch.low_precision, phase
         assert launch.loads and launch.stores, phase
+        assert not OPS[name].convolves or "v_mfma" in launch.asm["amdgcn"], phase
 
 
 @pytest.mark.parametrize("lanes, warps", ((64, 1), (256, 2), (512, 4), (8192, 4)))

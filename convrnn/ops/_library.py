@@ -7,6 +7,13 @@ The environment variable CONVRNN_BACKEND chooses which kernels CPU tensors reach
   ops, autograd, modules - on a machine without a GPU.
 
 CUDA tensors always reach the Triton kernels.
+
+CONVRNN_GRU_STEP chooses how the Triton kernels compute a step of GRU-RCN (``kernels/gru_step.py``):
+
+* unset or ``cudnn``: the library's convolutions and the kernels of the gates;
+* ``gemm``: convolution and gates in one kernel, wherever that can be: 3x3 kernels on 2-D frames of 16-bit tensors, or of
+  float32 ones where cuDNN's convolutions may use TF32;
+* ``auto``: by sizes, where that should win on paper. It was not measured on a GPU, and so is not the default.
 """
 
 import functools
@@ -21,6 +28,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton")
+GRU_STEPS = ("cudnn", "gemm", "auto")
 
 
 def _find_library() -> Path:
@@ -35,10 +43,16 @@ def _find_library() -> Path:
     return found[0]
 
 
+def _setting(name: str, values: tuple[str, ...]) -> str:
+    """The value of an environment variable, the first of ``values`` where it is unset or empty."""
+    value = os.environ.get(name, "") or values[0]
+    if value not in values:
+        raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
+    return value
+
+
 def _choose_backend() -> str:
-    backend = os.environ.get("CONVRNN_BACKEND", "") or "auto"
-    if backend not in BACKENDS:
-        raise ValueError(f"CONVRNN_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    backend = _setting("CONVRNN_BACKEND", BACKENDS)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             raise ImportError("CONVRNN_BACKEND=triton needs Triton, which is not installed: pip install triton")
@@ -54,6 +68,7 @@ def _choose_backend() -> str:
 
 LIBRARY = _find_library()
 BACKEND = _choose_backend()
+GRU_STEP = _setting("CONVRNN_GRU_STEP", GRU_STEPS)
 torch.ops.load_library(str(LIBRARY))
 # Reads CONVRNN_ISA: a wrong value is an error at import, not at the first call.
 torch.ops.convrnn.cpu_isa()

@@ -9,7 +9,7 @@ from torch import Tensor
 from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._gru_rcn_tangent import forward_and_jvp, jvp, odd
-from ._library import register_autocast, register_triton
+from ._library import GRU_STEP, register_autocast, register_triton
 
 
 def gru_rcn(
@@ -229,7 +229,7 @@ def _triton(
     from ..kernels.gru_rcn import gru_rcn_fwd
 
     _check_op(x, h0, W, U, C, bias)
-    out, h_n, gates = gru_rcn_fwd(x, h0, odd(W), odd(U), odd(C), bias)
+    out, h_n, gates = gru_rcn_fwd(x, h0, odd(W), odd(U), odd(C), bias, GRU_STEP)
     return out, h_n, gates if keep_gates else gates.new_empty(0)
 
 
@@ -251,7 +251,7 @@ def _triton_backward(
     _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
     widened = [odd(weight) for weight in (W, U, C)]
     if gates.numel() == 0 and out.numel() > 0:
-        gates = gru_rcn_fwd(x, h0, *widened, bias)[2]
+        gates = gru_rcn_fwd(x, h0, *widened, bias, GRU_STEP)[2]
     dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *widened, out, gates, output_mask)
     return dx, dh0, _narrow(dW, W), _narrow(dU, U), _narrow(dC, C), dbias
 

@@ -11,13 +11,28 @@
 
 namespace convrnn {
 
-using winograd::kProducts;
+using winograd::most_tiles;
 using winograd::plane_size;
+using winograd::products;
 using winograd::tiles;
 
 namespace {
 
-constexpr int64_t kTiles = 64;  // that are transformed at a time: their products stay in the second-level cache
+// Input lanes that a product sums in one go with tiles of 4x4, which magnify the error of these sums.
+constexpr int64_t kDepth = 64;
+
+int64_t frame_tiles(const Size& size, int64_t tile) {
+  return tiles(size.height, tile) * tiles(size.width, tile);
+}
+
+// The largest tile that gains anything: what a frame needs zeros for.
+int64_t largest_tile(const Size& size, int64_t frames) {
+  constexpr int64_t kFew = 4;  // of fewer tiles in a frame, the products have too few rows to hide their latency
+  constexpr int64_t kAll = 32;  // fewer in a call do not repay the weights' transform
+  const int64_t large = frame_tiles(size, 4);
+  return size.depth == 1 && large >= kFew && frames * large >= kAll &&
+                 4 * products(4) * large < 3 * products(2) * frame_tiles(size, 2) ? 4 : 2;
+}
 
 }  // namespace
 
@@ -32,14 +47,15 @@ std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks
   return panels;
 }
 
-Frame::Frame(const Size& size, const std::vector<Size>& kernels) : size(size), top(0), left(0) {
+Frame::Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels)
+    : size(size), tile(largest_tile(size, frames)), top(0), left(0) {
   for (const Size& kernel : kernels) {
     top = std::max(top, kernel.height / 2);
     left = std::max(left, kernel.width / 2);
   }
-  // A last tile that is half outside reads and, in a weight gradient, covers one pixel more.
-  height = size.height + 2 * top + size.height % 2;
-  width = size.width + 2 * left + size.width % 2;
+  // A last tile that is partly outside reads and, in a weight gradient, covers as many pixels more.
+  height = tiles(size.height, tile) * tile + 2 * top;
+  width = tiles(size.width, tile) * tile + 2 * left;
 }
 
 ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out)
@@ -48,13 +64,17 @@ ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const
   before = {(kernel.depth - odd) / 2, (kernel.height - odd) / 2, (kernel.width - odd) / 2};
 }
 
-bool ConvShape::winograd() const {
+int64_t ConvShape::tile() const {
   const Size& size = frame.size;
   if (kernel.depth != 1 || kernel.height != 3 || kernel.width != 3 || size.depth != 1 || in.total() < kColumns / 2) {
-    return false;
+    return 0;
   }
+  // More transformed weights than the last-level cache holds are read from memory for every frame: 36 planes take longer
+  // than the products that they save.
+  constexpr int64_t kWeights = 4 << 20;
+  const int64_t side = products(4) * in.lanes() * out.lanes() > kWeights ? 2 : frame.tile;
   // Products of the two methods; the transforms cost about a quarter of those they come with.
-  return kProducts * tiles(size.height) * tiles(size.width) * 5 / 4 < 3 * (3 * size.height - 2) * size.width;
+  return products(side) * frame_tiles(size, side) * 5 / 4 < 3 * (3 * size.height - 2) * size.width ? side : 0;
 }
 
 int64_t ConvShape::first_tap() const {
@@ -68,10 +88,10 @@ int64_t ConvShape::last_tap() const {
 template <class A>
 template <class T>
 Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
-    : shape_(shape), winograd_(shape.winograd()) {
+    : shape_(shape), tile_(shape.tile()) {
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
-  panel_size_ = (winograd_ ? kProducts : taps) * lanes * kColumns;
+  panel_size_ = (tile_ > 0 ? products(tile_) : taps) * lanes * kColumns;
   std::vector<int64_t> offsets;
   for (const Panel& panel : panels_) {
     offsets.push_back(packed_size_);
@@ -97,8 +117,10 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
             }
           }
         }
-        if (winograd_) {
-          run<winograd::Weight<A>>(w.data(), packed, lanes * width, width);
+        if (tile_ == 2) {
+          run<winograd::Weight<A, 2>>(w.data(), packed, lanes * width, width);
+        } else if (tile_ == 4) {
+          run<winograd::Weight<A, 4>>(w.data(), packed, lanes * width, width);
         } else {
           for (int64_t tap = 0; tap < taps; ++tap) {
             std::copy_n(w.data() + tap * width, width, packed + tap * lanes * width);
@@ -111,17 +133,20 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
 
 template <class A>
 int64_t Convolution<A>::scratch_size() const {
-  if (!winograd_) {
+  if (tile_ == 0) {
     return 0;
   }
-  const int64_t most = std::max(kTiles, tiles(shape_.frame.size.width));
-  return kProducts * (plane_size(most, shape_.in.lanes()) + plane_size(most, panel_width()));
+  const int64_t most = std::max(most_tiles(tile_), tiles(shape_.frame.size.width, tile_));
+  return products(tile_) * (plane_size(most, shape_.in.lanes()) + plane_size(most, panel_width()));
 }
 
 template <class A>
 void Convolution<A>::operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
-  if (winograd_) {
-    return winograd(frame, part, out, gate_step, scratch);
+  if (tile_ == 2) {
+    return winograd<2>(frame, part, out, gate_step, scratch);
+  }
+  if (tile_ == 4) {
+    return winograd<4>(frame, part, out, gate_step, scratch);
   }
   const A* weights = packed_.data();
   for (const Panel& panel : panels_) {
@@ -161,33 +186,36 @@ void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel
 }
 
 template <class A>
+template <int M>
 void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
   const Size& size = shape_.frame.size;
   const int64_t lanes = shape_.in.lanes(), in_row = shape_.frame.width * shape_.in.pixel;
   const int64_t out_row = size.width * shape_.out.pixel;
-  const int64_t across = tiles(size.width);
-  const int64_t most_rows = std::max<int64_t>(1, kTiles / across);
-  for (int64_t begin = part.row_begin; begin < part.row_end; begin += 2 * most_rows) {
-    const int64_t end = std::min(part.row_end, begin + 2 * most_rows), count = tiles(end - begin) * across;
+  const int64_t across = tiles(size.width, M), depth = M == 4 ? kDepth : lanes;
+  const int64_t most_rows = M * std::max<int64_t>(1, most_tiles(M) / across);
+  for (int64_t begin = part.row_begin; begin < part.row_end; begin += most_rows) {
+    const int64_t end = std::min(part.row_end, begin + most_rows), count = tiles(end - begin, M) * across;
     const int64_t plane = plane_size(count, lanes);
-    A *inputs = scratch, *products = scratch + kProducts * plane;
-    for (int64_t row = begin, tile = 0; row < end; row += 2, tile += across) {
-      run<winograd::Input<A>>(frame + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
-                              inputs + tile * lanes, plane, across, lanes);
+    A *inputs = scratch, *results = scratch + products(M) * plane;
+    for (int64_t row = begin, tile = 0; row < end; row += M, tile += across) {
+      run<winograd::Input<A, M>>(frame + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
+                                 inputs + tile * lanes, plane, across, lanes);
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {
-      const int64_t width = panel.blocks * kColumns, product_plane = plane_size(count, width);
+      const int64_t width = panel.blocks * kColumns, result_plane = plane_size(count, width);
       if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
-        for (int64_t product = 0; product < kProducts; ++product) {
-          const Factors<A> factors{inputs + product * plane, weights + product * lanes * width};
-          multiply(&factors, 1, lanes, count, panel.blocks, {lanes, 1, width, width}, products + product * product_plane,
-                   false);
+        for (int64_t product = 0; product < products(M); ++product) {
+          for (int64_t k = 0; k < lanes; k += depth) {
+            const Factors<A> factors{inputs + product * plane + k, weights + (product * lanes + k) * width};
+            multiply(&factors, 1, std::min(depth, lanes - k), count, panel.blocks, {lanes, 1, width, width},
+                     results + product * result_plane, k > 0);
+          }
         }
         A* to = out + panel.gate * gate_step + (begin - part.row_begin) * out_row + panel.channel;
-        for (int64_t row = begin, tile = 0; row < end; row += 2, tile += across, to += 2 * out_row) {
-          run<winograd::Output<A>>(products + tile * width, product_plane, to, out_row, shape_.out.pixel, across, width,
-                                   size.width % 2 == 1, row + 1 == size.height);
+        for (int64_t row = begin, tile = 0; row < end; row += M, tile += across, to += M * out_row) {
+          run<winograd::Output<A, M>>(results + tile * width, result_plane, to, out_row, shape_.out.pixel,
+                                      std::min<int64_t>(M, size.height - row), size.width, width);
         }
       }
       weights += panel.blocks * panel_size_;

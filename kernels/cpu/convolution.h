@@ -2,7 +2,8 @@
 // data gradient too, and weight gradient. Two methods, both sums of small matrix products (product.h):
 //
 //   direct    a row of pixels times the weights of those rows of the kernel that lie inside the frame;
-//   Winograd  F(2x2, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36.
+//   Winograd  F(2x2, 3x3) and F(4x4, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36,
+//             or of 4x4, 36 for 144.
 //
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
 // An infinity in a frame makes NaN of the whole tile that it is read with, where the definition would not.
@@ -34,9 +35,10 @@ struct Size {
 // A frame with zeros around its planes, as many as all kernels and both methods read.
 struct Frame {
   Size size;
+  int64_t tile;                      // side of Winograd's tiles, if a convolution takes that method
   int64_t top, left, height, width;  // of a plane with its zeros
 
-  Frame(const Size& size, const std::vector<Size>& kernels);
+  Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels);  // of so many frames of a call
   int64_t pixels() const {
     return size.depth * height * width;
   }
@@ -73,7 +75,7 @@ struct ConvShape {
   Size before;  // zeros before the frame: of an even kernel's zeros the odd one comes last, with flipped weights first
   Channels in, out;
 
-  bool winograd() const;
+  int64_t tile() const;  // side of Winograd's tiles; 0 where the direct method takes fewer products
   ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out);
 
   // Taps along the width that meet the frame at all: a frame narrower than the kernel misses some everywhere.
@@ -86,7 +88,8 @@ struct Panel {
   int64_t gate, channel, blocks;
 };
 
-// Rows and output channels of every gate that one task computes; channel_begin is a multiple of the panel's width.
+// Rows and output channels of every gate that one task computes; row_begin is a multiple of the frame's tile, channel_begin of
+// the panel's width.
 struct Part {
   int64_t row_begin, row_end, channel_begin, channel_end;
   int64_t channels() const {
@@ -116,10 +119,11 @@ class Convolution {
 
  private:
   void direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const;
+  template <int M>
   void winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
 
   ConvShape shape_;
-  bool winograd_;
+  int64_t tile_;  // of Winograd's method, or 0
   int64_t panel_size_;  // packed elements of a panel of one block
   std::vector<Panel> panels_;
   int64_t packed_size_ = 0;

@@ -31,7 +31,7 @@ struct Problem {
         inputs(x.size(2)),
         channels(C.size(0)),
         pitch(padded(channels)),
-        frame(frame_size(x, 3), {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
+        frame(frame_size(x, 3), batch * steps, {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
         w(frame_size(W, 2)),
         u(frame_size(U, 2)),
         c(frame_size(C, 2)) {}
@@ -105,20 +105,20 @@ class Schedule {
  public:
   Schedule(const Problem& p, int64_t weight_bytes, int64_t panel) : batch_(p.batch) {
     constexpr int64_t kLarge = 1 << 20;  // weights that no second-level cache holds: read them once for many pixels
-    const int64_t rows = p.frame.size.rows(), across = (p.frame.size.width + 1) / 2;
+    const int64_t tile = p.frame.tile, rows = p.frame.size.rows(), across = (p.frame.size.width + tile - 1) / tile;
     const int64_t threads = slots();
     whole_samples_ = batch_ >= threads && (batch_ % threads == 0 || batch_ >= 4 * threads);
-    int64_t pairs = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across);
-    const auto blocks = [&] { return (rows + 2 * pairs - 1) / (2 * pairs); };
-    while (!whole_samples_ && weight_bytes <= kLarge && pairs > 1 && batch_ * blocks() < 2 * threads) {
-      pairs = (pairs + 1) / 2;
+    int64_t height = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across) * tile;
+    const auto blocks = [&] { return (rows + height - 1) / height; };
+    while (!whole_samples_ && weight_bytes <= kLarge && height > tile && batch_ * blocks() < 2 * threads) {
+      height = (height / tile + 1) / 2 * tile;
     }
     const int64_t wanted = whole_samples_ ? 1 : (threads + batch_ * blocks() - 1) / (batch_ * blocks());
     const int64_t panels = (p.pitch + panel - 1) / panel;
     const int64_t width = (panels + wanted - 1) / wanted * panel;
-    for (int64_t row = 0; row < rows; row += 2 * pairs) {
+    for (int64_t row = 0; row < rows; row += height) {
       for (int64_t channel = 0; channel < p.channels; channel += width) {
-        parts_.push_back({row, std::min(rows, row + 2 * pairs), channel, std::min(p.channels, channel + width)});
+        parts_.push_back({row, std::min(rows, row + height), channel, std::min(p.channels, channel + width)});
       }
     }
   }

@@ -10,15 +10,24 @@
 
 namespace convrnn {
 
-using winograd::kProducts;
+using winograd::most_tiles;
 using winograd::plane_size;
+using winograd::products;
 using winograd::tiles;
 
 namespace {
 
 // Winograd's sums of a weight gradient come in squares of so many input and output lanes: with the tiles of some rows they
-// take half a megabyte.
-constexpr int64_t kSquare = 64, kGradientTiles = 64;
+// take half a megabyte, or 1.2 with tiles of 4x4.
+constexpr int64_t kSquare = 64;
+
+// Tiles of 4x4 have 36 sums for 16: they pay where so many tiles come at once, for reading and writing these.
+int64_t tile_of(const ConvShape& shape, int64_t frames) {
+  constexpr int64_t kEnough = 48;
+  const Size& size = shape.frame.size;
+  const int64_t tile = shape.tile();
+  return tile == 4 && frames * tiles(size.height, 4) * tiles(size.width, 4) < kEnough ? 2 : tile;
+}
 
 int64_t squares(int64_t lanes) {
   return (lanes + kSquare - 1) / kSquare;
@@ -31,21 +40,22 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
     : shape_(shape),
       first_lane_(first_lane),
       columns_(shape.out.gates * shape.out.pitch),
-      winograd_(shape.winograd()),
+      tile_(tile_of(shape, frames)),
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
-  if (winograd_) {
+  if (tile_ > 0) {
     units_ = squares(lanes) * squares(columns_);
-    size_ = units_ * kProducts * kSquare * kSquare;
+    size_ = units_ * products(tile_) * kSquare * kSquare;
   } else {
     units_ = shape.kernel.depth * shape.kernel.height * static_cast<int64_t>(panels_.size());
     size_ = shape.kernel.pixels() * lanes * columns_;
   }
-  // Groups of frames: as many as make kTasks tasks, while their sums take no more than kBytes and every group gets kDepth tiles
-  // at once: with fewer, reading and writing the sums costs as much as making them.
-  constexpr int64_t kTasks = 16, kBytes = 16 << 20, kDepth = 128;
+  // Groups of frames: as many as make kTasks tasks, while their sums take no more than kBytes and every group gets `depth`
+  // tiles at once: with fewer, reading and writing the sums costs as much as making them.
+  constexpr int64_t kTasks = 16, kBytes = 16 << 20;
   const int64_t most = kBytes / (size_ * static_cast<int64_t>(sizeof(A)));
-  const int64_t deep = frames * (shape.frame.size.pixels() + 3) / 4 / kDepth;
+  const int64_t side = std::max<int64_t>(tile_, 2), area = side * side, depth = 2 * most_tiles(side);
+  const int64_t deep = frames * (shape.frame.size.pixels() + area - 1) / area / depth;
   groups_ = std::max<int64_t>(1, std::min({(kTasks + units_ - 1) / units_, most, deep, frames}));
   sums_ = Buffer<A>(groups_ * size_);
   std::fill_n(sums_.data(), groups_ * size_, A(0));
@@ -53,7 +63,8 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
 
 template <class A>
 int64_t WeightGradient<A>::scratch_size() const {
-  return winograd_ ? 2 * kProducts * plane_size(std::max(kGradientTiles, tiles(shape_.frame.size.width)), kSquare) : 0;
+  const int64_t across = tile_ > 0 ? tiles(shape_.frame.size.width, tile_) : 0;
+  return across > 0 ? 2 * products(tile_) * plane_size(std::max(most_tiles(tile_), across), kSquare) : 0;
 }
 
 template <class A>
@@ -61,8 +72,11 @@ void WeightGradient<A>::add(int64_t task, const A* const* inputs, const A* const
   const int64_t group = task / units_, unit = task % units_;
   const int64_t begin = group * frames / groups_, count = (group + 1) * frames / groups_ - begin;
   A* sums = sums_.data() + group * size_;
-  if (winograd_) {
-    winograd(unit, inputs + begin, gradients + begin, count, sums + unit * kProducts * kSquare * kSquare, scratch);
+  A* square = sums + unit * products(tile_) * kSquare * kSquare;
+  if (tile_ == 2) {
+    winograd<2>(unit, inputs + begin, gradients + begin, count, square, scratch);
+  } else if (tile_ == 4) {
+    winograd<4>(unit, inputs + begin, gradients + begin, count, square, scratch);
   } else {
     direct(unit, inputs + begin, gradients + begin, count, sums);
   }
@@ -100,25 +114,26 @@ void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* co
 
 // A square of sums, some rows of tiles of a frame at a time.
 template <class A>
+template <int M>
 void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
                                  A* scratch) const {
   const Frame& frame = shape_.frame;
-  const int64_t across = tiles(frame.size.width), down = tiles(frame.size.height), pixel = shape_.out.pixel;
+  const int64_t across = tiles(frame.size.width, M), down = tiles(frame.size.height, M), pixel = shape_.out.pixel;
   const int64_t k = unit / squares(columns_) * kSquare, column = unit % squares(columns_) * kSquare;
   const int64_t lanes = std::min(kSquare, shape_.in.lanes() - k), width = std::min(kSquare, columns_ - column);
-  const int64_t rows = std::max<int64_t>(1, kGradientTiles / across), blocks = panel_blocks<A>();
+  const int64_t rows = std::max<int64_t>(1, most_tiles(M) / across), blocks = panel_blocks<A>();
   for (int64_t row = 0; row < frames * down; row += rows) {  // through all frames
     const int64_t count = std::min(rows, frames * down - row) * across;
     const int64_t x_plane = plane_size(count, lanes), dy_plane = plane_size(count, width);
-    A *x = scratch, *dy = scratch + kProducts * x_plane;
+    A *x = scratch, *dy = scratch + products(M) * x_plane;
     for (int64_t i = 0; i < count / across; ++i) {
-      const int64_t f = (row + i) / down, y = 2 * ((row + i) % down);
-      run<winograd::Input<A>>(inputs[f] + (frame.pixel(0, y - 1) - 1) * shape_.in.pixel + k, frame.width * shape_.in.pixel,
+      const int64_t f = (row + i) / down, y = M * ((row + i) % down);
+      run<winograd::Input<A, M>>(inputs[f] + (frame.pixel(0, y - 1) - 1) * shape_.in.pixel + k, frame.width * shape_.in.pixel,
                               shape_.in.pixel, x + i * across * lanes, x_plane, across, lanes);
-      run<winograd::Gradient<A>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
+      run<winograd::Gradient<A, M>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
                                  pixel, dy + i * across * width, dy_plane, across, width);
     }
-    for (int64_t product = 0; product < kProducts; ++product) {
+    for (int64_t product = 0; product < products(M); ++product) {
       for (int64_t n = 0; n < width; n += blocks * kColumns) {
         const Factors<A> factors{x + product * x_plane, dy + product * dy_plane + n};
         multiply(&factors, 1, count, lanes, std::min(blocks, (width - n) / kColumns), {1, lanes, width, kSquare},
@@ -130,10 +145,10 @@ void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* 
 
 template <class A>
 const A* WeightGradient<A>::sums_at(int64_t k, int64_t column, int64_t& plane) const {
-  if (winograd_) {
+  if (tile_ > 0) {
     plane = kSquare * kSquare;
     const int64_t unit = k / kSquare * squares(columns_) + column / kSquare;
-    return sums_.data() + unit * kProducts * plane + k % kSquare * kSquare + column % kSquare;
+    return sums_.data() + unit * products(tile_) * plane + k % kSquare * kSquare + column % kSquare;
   }
   plane = shape_.in.lanes() * columns_;
   return sums_.data() + k * columns_ + column;
@@ -161,7 +176,7 @@ template <class A>
 template <class T>
 void WeightGradient<A>::write(const Weights<T>& weights) {
   add_groups();
-  const int64_t taps = shape_.kernel.pixels(), planes = winograd_ ? kProducts : taps;
+  const int64_t taps = shape_.kernel.pixels(), planes = tile_ > 0 ? products(tile_) : taps;
   torch::stable::parallel_for(0, shape_.in.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> total(planes * kColumns), block(taps * kColumns);
     for (int64_t k = begin; k < end; ++k) {
@@ -171,10 +186,12 @@ void WeightGradient<A>::write(const Weights<T>& weights) {
         for (int64_t i = 0; i < planes; ++i) {
           std::copy_n(sums + i * plane, kColumns, &total[i * kColumns]);
         }
-        if (winograd_) {
-          run<winograd::WeightGradient<A>>(total.data(), kColumns, block.data(), kColumns);
+        if (tile_ == 2) {
+          run<winograd::WeightGradient<A, 2>>(total.data(), kColumns, block.data(), kColumns);
+        } else if (tile_ == 4) {
+          run<winograd::WeightGradient<A, 4>>(total.data(), kColumns, block.data(), kColumns);
         }
-        const A* from = winograd_ ? block.data() : total.data();
+        const A* from = tile_ > 0 ? block.data() : total.data();
         const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
         T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;
         for (int64_t n = 0; n < std::min(kColumns, shape_.out.count - channel); ++n) {

@@ -29,6 +29,7 @@ class WeightGradient {
  private:
   void add_groups();
   void direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums) const;
+  template <int M>
   void winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
                 A* scratch) const;
   // Sums of weights of input lane k and kColumns output lanes from `column` on, and the distance from tap to tap (direct) or
@@ -37,7 +38,7 @@ class WeightGradient {
 
   ConvShape shape_;
   int64_t first_lane_, columns_, units_, groups_, size_;  // size_: sums of a group
-  bool winograd_;
+  int64_t tile_;  // of Winograd's method, or 0
   std::vector<Panel> panels_;
   Buffer<A> sums_;
 };

@@ -1,9 +1,14 @@
-// The transforms of Winograd's F(2x2, 3x3) and of its weight gradient F(3x3, 2x2), over lanes (channels) of tiles.
-// With d a 4x4 patch of the input, w 3x3 weights, y 2x2 outputs and . the elementwise product,
+// The transforms of Winograd's F(MxM, 3x3) and of its weight gradient F(3x3, MxM), M = 2 or 4, over lanes (channels) of
+// tiles. With d a patch of M + 2 x M + 2 pixels of the input, w 3x3 weights, y MxM outputs and . the elementwise product,
 //   y = A^T [(G w G^T) . (B^T d B)] A,    dw = G^T [(A dy A^T) . (B^T d B)] G.
-// The 16 products of a tile lie `plane` elements apart.
+// The products of a tile lie `plane` elements apart.
+//
+// M = 2 interpolates at the points 0, 1, -1 and infinity; M = 4 at 0, +-1/sqrt(2), +-sqrt(2) and infinity, with a fourth of
+// the error of 0, +-1, +-2 and infinity (kernels/README.md). Source: Lavin & Gray 2015, arXiv 1509.09308; of what points do
+// to the error, Barabasz et al. 2018, arXiv 1803.10986.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
@@ -11,10 +16,17 @@
 namespace convrnn {
 namespace winograd {
 
-constexpr int64_t kProducts = 16;  // of a tile
+constexpr int64_t products(int64_t tile) {  // of a tile
+  return (tile + 2) * (tile + 2);
+}
 
-constexpr int64_t tiles(int64_t pixels) {
-  return (pixels + 1) / 2;
+constexpr int64_t tiles(int64_t pixels, int64_t tile) {
+  return (pixels + tile - 1) / tile;
+}
+
+// Tiles that are transformed at a time: their products stay in the second-level cache.
+constexpr int64_t most_tiles(int64_t tile) {
+  return tile == 2 ? 64 : 32;
 }
 
 // Elements from one product of all tiles to the next. A cache line more than they take: at a power of two, all planes of
@@ -23,160 +35,187 @@ constexpr int64_t plane_size(int64_t tiles, int64_t lanes) {
   return (tiles * lanes + 15) / 16 * 16 + 16;
 }
 
-template <class A>
-struct Two {
-  A x0, x1;
-};
-template <class A>
-struct Three {
-  A x0, x1, x2;
-};
-template <class A>
-struct Four {
-  A x0, x1, x2, x3;
+template <class A, int N>
+struct Values {
+  A x[N];
 };
 
+// Points of M = 4.
 template <class A>
-CONVRNN_INLINE Four<A> input(A d0, A d1, A d2, A d3) {  // B^T d
-  return {d0 - d2, d1 + d2, d2 - d1, d1 - d3};
-}
+constexpr A kInner = A(0.70710678118654752440);
 template <class A>
-CONVRNN_INLINE Four<A> weight(A w0, A w1, A w2) {  // G w
-  const A even = (w0 + w2) * A(0.5), odd = w1 * A(0.5);
-  return {w0, even + odd, even - odd, w2};
-}
-template <class A>
-CONVRNN_INLINE Four<A> gradient(A y0, A y1) {  // A dy
-  return {y0, y0 + y1, y0 - y1, -y1};
-}
+constexpr A kOuter = A(1.41421356237309504880);
 
-template <class A>
-CONVRNN_INLINE Two<A> output(A m0, A m1, A m2, A m3) {  // A^T m
-  return {m0 + m1 + m2, m1 - m2 - m3};
-}
-template <class A>
-CONVRNN_INLINE Three<A> weight_gradient(A p0, A p1, A p2, A p3) {  // G^T p
-  const A even = (p1 + p2) * A(0.5);
-  return {p0 + even, (p1 - p2) * A(0.5), even + p3};
-}
+template <int M>
+struct InputRow {  // B^T d
+  static constexpr int kIn = M + 2, kOut = M + 2;
+  template <class A>
+  static CONVRNN_INLINE Values<A, kOut> apply(const Values<A, kIn>& d) {
+    const A* x = d.x;
+    if constexpr (M == 2) {
+      return {x[0] - x[2], x[1] + x[2], x[2] - x[1], x[1] - x[3]};
+    } else {
+      const A even1 = x[4] - A(2) * x[2], odd1 = kInner<A> * (x[3] - A(2) * x[1]);
+      const A even2 = x[4] - A(0.5) * x[2], odd2 = kOuter<A> * (x[3] - A(0.5) * x[1]);
+      return {x[0] - A(2.5) * x[2] + x[4], even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2,
+              x[1] - A(2.5) * x[3] + x[5]};
+    }
+  }
+};
 
-template <class A>
-CONVRNN_INLINE void store(const Three<A>& x, A* out, int64_t plane) {
-  out[0] = x.x0;
-  out[plane] = x.x1;
-  out[2 * plane] = x.x2;
-}
-template <class A>
-CONVRNN_INLINE void store(const Four<A>& x, A* out, int64_t plane) {
-  out[0] = x.x0;
-  out[plane] = x.x1;
-  out[2 * plane] = x.x2;
-  out[3 * plane] = x.x3;
+template <int M>
+struct WeightRow {  // G w
+  static constexpr int kIn = 3, kOut = M + 2;
+  template <class A>
+  static CONVRNN_INLINE Values<A, kOut> apply(const Values<A, kIn>& w) {
+    const A* x = w.x;
+    if constexpr (M == 2) {
+      const A even = (x[0] + x[2]) * A(0.5), odd = x[1] * A(0.5);
+      return {x[0], even + odd, even - odd, x[2]};
+    } else {
+      const A even1 = (x[0] + A(0.5) * x[2]) * A(-2. / 3), odd1 = x[1] * (kInner<A> * A(-2. / 3));
+      const A even2 = (x[0] + A(2) * x[2]) * A(1. / 6), odd2 = x[1] * (kOuter<A> * A(1. / 6));
+      return {x[0], even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2, x[2]};
+    }
+  }
+};
+
+template <int M>
+struct GradientRow {  // A dy
+  static constexpr int kIn = M, kOut = M + 2;
+  template <class A>
+  static CONVRNN_INLINE Values<A, kOut> apply(const Values<A, kIn>& dy) {
+    const A* x = dy.x;
+    if constexpr (M == 2) {
+      return {x[0], x[0] + x[1], x[0] - x[1], -x[1]};
+    } else {
+      const A even1 = x[0] + A(0.5) * x[2], odd1 = kInner<A> * (x[1] + A(0.5) * x[3]);
+      const A even2 = x[0] + A(2) * x[2], odd2 = kOuter<A> * (x[1] + A(2) * x[3]);
+      return {x[0], even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2, x[3]};
+    }
+  }
+};
+
+template <int M>
+struct OutputRow {  // A^T m
+  static constexpr int kIn = M + 2, kOut = M;
+  template <class A>
+  static CONVRNN_INLINE Values<A, kOut> apply(const Values<A, kIn>& m) {
+    const A* x = m.x;
+    if constexpr (M == 2) {
+      return {x[0] + x[1] + x[2], x[1] - x[2] - x[3]};
+    } else {
+      const A even1 = x[1] + x[2], odd1 = kInner<A> * (x[1] - x[2]);
+      const A even2 = x[3] + x[4], odd2 = kOuter<A> * (x[3] - x[4]);
+      return {x[0] + even1 + even2, odd1 + odd2, A(0.5) * even1 + A(2) * even2, A(0.5) * odd1 + A(2) * odd2 + x[5]};
+    }
+  }
+};
+
+template <int M>
+struct WeightGradientRow {  // G^T p
+  static constexpr int kIn = M + 2, kOut = 3;
+  template <class A>
+  static CONVRNN_INLINE Values<A, kOut> apply(const Values<A, kIn>& p) {
+    const A* x = p.x;
+    if constexpr (M == 2) {
+      const A even = (x[1] + x[2]) * A(0.5);
+      return {x[0] + even, (x[1] - x[2]) * A(0.5), even + x[3]};
+    } else {
+      const A even1 = (x[1] + x[2]) * A(-2. / 3), even2 = (x[3] + x[4]) * A(1. / 6);
+      const A odd1 = (x[1] - x[2]) * (kInner<A> * A(-2. / 3)), odd2 = (x[3] - x[4]) * (kOuter<A> * A(1. / 6));
+      return {x[0] + even1 + even2, odd1 + odd2, A(0.5) * even1 + A(2) * even2 + x[5]};
+    }
+  }
+};
+
+// Row applied to the columns and then the rows of a matrix, for every lane. Of the result, `rows` x `columns` are wanted:
+// what is not is written first, where something wanted then goes.
+template <class Row, class A>
+CONVRNN_INLINE void transform(const A* in, int64_t in_row, int64_t in_column, A* out, int64_t out_row, int64_t out_column,
+                              int64_t lanes, int64_t rows = Row::kOut, int64_t columns = Row::kOut) {
+  A* to[Row::kOut][Row::kOut];
+  CONVRNN_UNROLL
+  for (int r = 0; r < Row::kOut; ++r) {
+    CONVRNN_UNROLL
+    for (int c = 0; c < Row::kOut; ++c) {
+      to[r][c] = out + std::min<int64_t>(r, rows - 1) * out_row + std::min<int64_t>(c, columns - 1) * out_column;
+    }
+  }
+  CONVRNN_LANES
+  for (int64_t i = 0; i < lanes; ++i) {
+    Values<A, Row::kOut> half[Row::kIn];
+    CONVRNN_UNROLL
+    for (int c = 0; c < Row::kIn; ++c) {
+      Values<A, Row::kIn> column;
+      CONVRNN_UNROLL
+      for (int r = 0; r < Row::kIn; ++r) {
+        column.x[r] = in[r * in_row + c * in_column + i];
+      }
+      half[c] = Row::apply(column);
+    }
+    CONVRNN_UNROLL
+    for (int r = Row::kOut - 1; r >= 0; --r) {
+      Values<A, Row::kIn> row;
+      CONVRNN_UNROLL
+      for (int c = 0; c < Row::kIn; ++c) {
+        row.x[c] = half[c].x[r];
+      }
+      const Values<A, Row::kOut> found = Row::apply(row);
+      CONVRNN_UNROLL
+      for (int c = Row::kOut - 1; c >= 0; --c) {
+        to[r][c][i] = found.x[c];
+      }
+    }
+  }
 }
 
 // B^T d B of a row of tiles; `in` is the first patch's first pixel.
-template <class A>
+template <class A, int M>
 struct Input {
   static CONVRNN_INLINE void run(const A* in, int64_t row, int64_t pixel, A* out, int64_t plane, int64_t tiles,
                                  int64_t lanes) {
-    for (int64_t tile = 0; tile < tiles; ++tile, in += 2 * pixel, out += lanes) {
-      const A *p0 = in, *p1 = in + pixel, *p2 = in + 2 * pixel, *p3 = in + 3 * pixel;
-      CONVRNN_LANES
-      for (int64_t i = 0; i < lanes; ++i) {
-        const auto c0 = input(p0[i], p0[i + row], p0[i + 2 * row], p0[i + 3 * row]);
-        const auto c1 = input(p1[i], p1[i + row], p1[i + 2 * row], p1[i + 3 * row]);
-        const auto c2 = input(p2[i], p2[i + row], p2[i + 2 * row], p2[i + 3 * row]);
-        const auto c3 = input(p3[i], p3[i + row], p3[i + 2 * row], p3[i + 3 * row]);
-        store(input(c0.x0, c1.x0, c2.x0, c3.x0), out + i, plane);
-        store(input(c0.x1, c1.x1, c2.x1, c3.x1), out + i + 4 * plane, plane);
-        store(input(c0.x2, c1.x2, c2.x2, c3.x2), out + i + 8 * plane, plane);
-        store(input(c0.x3, c1.x3, c2.x3, c3.x3), out + i + 12 * plane, plane);
-      }
+    for (int64_t tile = 0; tile < tiles; ++tile, in += M * pixel, out += lanes) {
+      transform<InputRow<M>>(in, row, pixel, out, (M + 2) * plane, plane, lanes);
     }
   }
 };
 
 // A dy A^T of a row of tiles; `in` is the first tile's first pixel.
-template <class A>
+template <class A, int M>
 struct Gradient {
   static CONVRNN_INLINE void run(const A* in, int64_t row, int64_t pixel, A* out, int64_t plane, int64_t tiles,
                                  int64_t lanes) {
-    for (int64_t tile = 0; tile < tiles; ++tile, in += 2 * pixel, out += lanes) {
-      const A *p0 = in, *p1 = in + pixel;
-      CONVRNN_LANES
-      for (int64_t i = 0; i < lanes; ++i) {
-        const auto c0 = gradient(p0[i], p0[i + row]);
-        const auto c1 = gradient(p1[i], p1[i + row]);
-        store(gradient(c0.x0, c1.x0), out + i, plane);
-        store(gradient(c0.x1, c1.x1), out + i + 4 * plane, plane);
-        store(gradient(c0.x2, c1.x2), out + i + 8 * plane, plane);
-        store(gradient(c0.x3, c1.x3), out + i + 12 * plane, plane);
-      }
+    for (int64_t tile = 0; tile < tiles; ++tile, in += M * pixel, out += lanes) {
+      transform<GradientRow<M>>(in, row, pixel, out, (M + 2) * plane, plane, lanes);
     }
   }
 };
 
-// A^T m A of a row of tiles, to pixels at out + 2 * tile * pixel (and row, pixel beyond). A pixel outside the frame is
-// not written: of the last tile if `narrow`, of the second row if `flat`.
-template <class A>
+// A^T m A of a row of tiles, to the rows x columns pixels that begin at `out`; what lies outside them is not written.
+template <class A, int M>
 struct Output {
-  static CONVRNN_INLINE void run(const A* in, int64_t plane, A* out, int64_t row, int64_t pixel, int64_t tiles,
-                                 int64_t lanes, bool narrow, bool flat) {
-    for (int64_t tile = 0; tile < tiles; ++tile, in += lanes, out += 2 * pixel) {
-      const bool last = narrow && tile == tiles - 1;
-      // What is not wanted is written first, where a wanted pixel then goes.
-      A *y00 = out, *y01 = last ? out : out + pixel, *y10 = flat ? out : out + row;
-      A* y11 = flat ? y01 : last ? y10 : y10 + pixel;
-      CONVRNN_LANES
-      for (int64_t i = 0; i < lanes; ++i) {
-        const A *k0 = in + i, *k1 = k0 + plane, *k2 = k1 + plane, *k3 = k2 + plane;
-        const auto c0 = output(k0[0], k0[4 * plane], k0[8 * plane], k0[12 * plane]);
-        const auto c1 = output(k1[0], k1[4 * plane], k1[8 * plane], k1[12 * plane]);
-        const auto c2 = output(k2[0], k2[4 * plane], k2[8 * plane], k2[12 * plane]);
-        const auto c3 = output(k3[0], k3[4 * plane], k3[8 * plane], k3[12 * plane]);
-        const auto top = output(c0.x0, c1.x0, c2.x0, c3.x0), bottom = output(c0.x1, c1.x1, c2.x1, c3.x1);
-        y11[i] = bottom.x1;
-        y10[i] = bottom.x0;
-        y01[i] = top.x1;
-        y00[i] = top.x0;
-      }
+  static CONVRNN_INLINE void run(const A* in, int64_t plane, A* out, int64_t row, int64_t pixel, int64_t rows,
+                                 int64_t columns, int64_t lanes) {
+    for (; columns > 0; columns -= M, in += lanes, out += M * pixel) {
+      transform<OutputRow<M>>(in, (M + 2) * plane, plane, out, row, pixel, lanes, rows, columns);
     }
   }
 };
 
-// G w G^T: taps[9][lanes] to 16 planes.
-template <class A>
+// G w G^T: taps[9][lanes] to planes.
+template <class A, int M>
 struct Weight {
   static CONVRNN_INLINE void run(const A* taps, A* out, int64_t plane, int64_t lanes) {
-    CONVRNN_LANES
-    for (int64_t i = 0; i < lanes; ++i) {
-      const A* w = taps + i;
-      const auto c0 = weight(w[0], w[3 * lanes], w[6 * lanes]);
-      const auto c1 = weight(w[lanes], w[4 * lanes], w[7 * lanes]);
-      const auto c2 = weight(w[2 * lanes], w[5 * lanes], w[8 * lanes]);
-      store(weight(c0.x0, c1.x0, c2.x0), out + i, plane);
-      store(weight(c0.x1, c1.x1, c2.x1), out + i + 4 * plane, plane);
-      store(weight(c0.x2, c1.x2, c2.x2), out + i + 8 * plane, plane);
-      store(weight(c0.x3, c1.x3, c2.x3), out + i + 12 * plane, plane);
-    }
+    transform<WeightRow<M>>(taps, 3 * lanes, lanes, out, (M + 2) * plane, plane, lanes);
   }
 };
 
-// G^T p G: 16 planes to taps[9][lanes].
-template <class A>
+// G^T p G: planes to taps[9][lanes].
+template <class A, int M>
 struct WeightGradient {
   static CONVRNN_INLINE void run(const A* in, int64_t plane, A* taps, int64_t lanes) {
-    CONVRNN_LANES
-    for (int64_t i = 0; i < lanes; ++i) {
-      const A *k0 = in + i, *k1 = k0 + plane, *k2 = k1 + plane, *k3 = k2 + plane;
-      const auto c0 = weight_gradient(k0[0], k0[4 * plane], k0[8 * plane], k0[12 * plane]);
-      const auto c1 = weight_gradient(k1[0], k1[4 * plane], k1[8 * plane], k1[12 * plane]);
-      const auto c2 = weight_gradient(k2[0], k2[4 * plane], k2[8 * plane], k2[12 * plane]);
-      const auto c3 = weight_gradient(k3[0], k3[4 * plane], k3[8 * plane], k3[12 * plane]);
-      store(weight_gradient(c0.x0, c1.x0, c2.x0, c3.x0), taps + i, lanes);
-      store(weight_gradient(c0.x1, c1.x1, c2.x1, c3.x1), taps + i + 3 * lanes, lanes);
-      store(weight_gradient(c0.x2, c1.x2, c2.x2, c3.x2), taps + i + 6 * lanes, lanes);
-    }
+    transform<WeightGradientRow<M>>(in, (M + 2) * plane, plane, taps, 3 * lanes, lanes, lanes);
   }
 };
 

@@ -138,7 +138,7 @@ def guarded(seed: int = 0) -> Iterator[list[Traffic]]:
     moved, in order."""
     builder, executor = InterpreterBuilder, GridExecutor
     call, pass_args, cast = executor.__call__, executor._init_args_hst, builder.cast_impl
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
     shuffle = random.Random(seed)
     launch = _Launch("")
@@ -192,6 +192,10 @@ def guarded(seed: int = 0) -> Iterator[list[Traffic]]:
             return TensorHandle(_round_to_bfloat16(value.data), tl.bfloat16)
         return cast(self, value, dtype)
 
+    def counted_dot(self, a, b, *rest):
+        launch.flop += 2 * a.data.shape[0] * b.data.size  # (m, k) and (k, n)
+        return dot(self, a, b, *rest)
+
     def counted(name: str, flop: int):
         compute = getattr(builder, name)
 
@@ -212,6 +216,7 @@ def guarded(seed: int = 0) -> Iterator[list[Traffic]]:
             "create_atomic_cas": refused_atomic,
             "create_atomic_rmw": refused_atomic,
             "cast_impl": rounding_cast,
+            "create_dot": counted_dot,
             **{f"create_{name}": counted(f"create_{name}", flop) for name, flop in _ARITHMETIC.items()},
         },
     }

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from convrnn import ConvGRU, ConvGRU1d, ConvGRU3d
 
+from .conftest import INTERPRETED
 from .conv_gru_reference import reference
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -54,7 +55,7 @@ def loss(x, outputs):
     return 0 * x.sum() + sum((w * y).sum() for w, y in zip(weights, outputs, strict=True))
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=20 if INTERPRETED else 150, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_layer_equals_its_reference(data):
     kind, hidden, arguments = data.draw(layers())

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.kernels.layout import state_dtype
 from convrnn.ops import gru_gates, gru_rcn, gru_update
+
+from ..kernels.layout import state_dtype
 
 __all__ = ["Convolution", "GRULayer", "Norm", "make_norm"]
 

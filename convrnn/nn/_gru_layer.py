@@ -12,7 +12,7 @@ from convrnn.ops import gru_gates, gru_rcn, gru_update
 
 from ..kernels.layout import state_dtype
 
-__all__ = ["Convolution", "GRULayer", "Norm", "make_norm"]
+__all__ = ["Convolution", "GRULayer", "GRUParameters", "Norm", "make_norm"]
 
 Norm = bool | str | Callable[[int], nn.Module] | None
 
@@ -177,8 +177,8 @@ def recur(
     return torch.stack(out, 1) if out else projection[:, :, :features], state.to(h.dtype)
 
 
-class GRULayer(nn.Module):
-    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c.
+class GRUParameters(nn.Module):
+    """What a layer is made of, and the op over the whole sequence, which is all that GRU_RCN needs.
 
     Parameters: ``W`` packed z, r, c; ``U`` z, r; ``C``; ``bias`` packed as ``W``; ``recurrent_bias`` of the candidate
     with ``reset_after``; ``h0``; the depthwise kernels of separable convolutions. Arguments are taken as checked.
@@ -242,7 +242,7 @@ class GRULayer(nn.Module):
         self.norm_W, self.norm_U, self.norm_C = norm(3), norm(2), norm(1)
         # What the whole-sequence op covers, masks over time and recurrent dropout aside.
         self.fused = input.fused and recurrent.fused and self.norm_W is None and not reset_after and zoneout == 0.0
-        GRULayer.reset_parameters(self)
+        GRUParameters.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         """Draws each packed kernel from Xavier's uniform distribution; zeroes biases and h0, but for the gate's bias."""
@@ -265,6 +265,14 @@ class GRULayer(nn.Module):
         for norm in norms:
             if hasattr(norm, "reset_parameters"):
                 norm.reset_parameters()
+
+    def run_fused(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The whole sequence in one op; scriptable."""
+        return gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute)
+
+
+class GRULayer(GRUParameters):
+    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c."""
 
     def initial_state(self, x: Tensor) -> Tensor:
         """Returns the state that None stands for, (B, hidden_size, *S'): zeros, or h0 where it is learned."""
@@ -304,10 +312,6 @@ class GRULayer(nn.Module):
             restart=restart,
             initial=initial,
         )
-
-    def run_fused(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The whole sequence in one op; scriptable."""
-        return gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute)
 
     def project(self, x: Tensor) -> Tensor:
         """Returns (B, T, 3*hidden_size, *S'), what z, r and c take from the frames."""

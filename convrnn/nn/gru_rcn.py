@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from ._checks import as_int, as_pair, check_input, check_shape
-from ._gru_layer import Convolution, GRULayer
+from ._gru_layer import Convolution, GRUParameters
 
 __all__ = ["GRU_RCN"]
 
 
-class GRU_RCN(GRULayer):
+class GRU_RCN(GRUParameters):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c, frame after frame.
 
     ``*`` is a convolution with zero padding that keeps the frame's size, ``.`` the elementwise product, s the
@@ -74,7 +74,7 @@ class GRU_RCN(GRULayer):
         self.in_channels, self.nb_kernels, self.kernel_size = in_channels, nb_kernels, convolution.kernel
         self.batch_first = bool(batch_first)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs h' = (1-z).h + z.c over all frames.
 
         Args:

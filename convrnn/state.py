@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .nn._checks import as_int
+
 __all__ = ["detach", "reorder", "reset", "resize", "truncated_bptt"]
 
 
@@ -23,7 +25,7 @@ def detach(state: Any) -> Any:
         >>> detach(h)[0].requires_grad
         False
     """
-    return tree_map(lambda h: h.detach() if isinstance(h, Tensor) else h, _checked(state))
+    return tree_map(Tensor.detach, _checked(state))
 
 
 def reset(state: Any, rows: Tensor, initial: Any) -> Any:
@@ -92,10 +94,7 @@ def resize(state: Any, batch: int, initial: Any) -> Any:
         >>> resize([torch.ones(1, 1)], 3, 0.5)[0].flatten()
         tensor([1.0000, 0.5000, 0.5000])
     """
-    if isinstance(batch, bool) or not isinstance(batch, int):
-        raise TypeError(f"batch must be an int, got {batch!r} of type {type(batch).__name__}")
-    if batch < 0:
-        raise ValueError(f"batch must be at least 0, got {batch}")
+    batch = as_int("batch", batch, 0)
 
     def change(h: Tensor, first: Tensor) -> Tensor:
         if batch <= h.shape[0]:

@@ -1,6 +1,7 @@
 """ConvGRU: convolutional GRU layers over one, two or three spatial dimensions, one or several stacked."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -360,8 +361,7 @@ class _ResAlign(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, convolution: Convolution, **factory: Any) -> None:
         super().__init__()
-        plain = {"groups": 1, "separable": False}
-        self.convolution = Convolution(**{**convolution.__dict__, **plain})
+        self.convolution = replace(convolution, groups=1, separable=False)
         shape, _ = self.convolution.shapes(input_size, output_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self.reset_parameters()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import as_int, as_pair, as_pairs, as_probability, as_sizes, check_input, check_states
-from ._gru_layer import norm_groups
+from ._gru_layer import make_norm
 from .mingru import MinGRULayer, MinGRUStack, scan, zero_states
 
 __all__ = ["MinConv2dGRU", "MinConv2dGRUCell"]
@@ -205,7 +205,7 @@ class MinConv2dGRU(MinGRUStack):
             elif residual:
                 res_align = conv(size_out, bias=False)
             return MinGRULayer(
-                nn.GroupNorm(norm_groups(size_in), size_in, device=device, dtype=dtype) if norm else nn.Identity(),
+                make_norm("norm", bool(norm), size_in, device=device, dtype=dtype) or nn.Identity(),
                 conv(2 * size_out, bias=bias),
                 res_align,
             )

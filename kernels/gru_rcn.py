@@ -3,7 +3,7 @@
 z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 - z).h + z.c
 
 Forward runs the input convolution once over all B*T frames; a step is two convolutions (U, C) and two kernels (gates,
-update), or, on small maps, two kernels that convolve themselves (``gru_step``). The activations z, r, c are written over
+update), or, where ``step`` says so, two kernels that convolve themselves (``gru_step``). The activations z, r, c are written over
 the input projection, and they and h are all that is saved.
 Backward runs the two data-gradient convolutions and two kernels a step, keeps the gradients of all pre-activations, and
 takes every weight gradient, and x's, once over all B*T frames.
@@ -131,7 +131,7 @@ def _conv_backward(
 
 
 def gru_rcn_fwd(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "auto"
+    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "cudnn"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GRU-RCN over (B, T) frames of 1, 2 or 3 dimensions.
 
@@ -142,7 +142,7 @@ def gru_rcn_fwd(
         U: (2*Oh, Oh, *k'), recurrent weights z, r.
         C: (Oh, Oh, *k'), candidate's recurrent weights.
         bias: (3*Oh,), or None.
-        step: "auto", "gemm" or "cudnn": how a step is computed, see :func:`use_gemm`.
+        step: "cudnn", "gemm" or "auto": how a step is computed, see :func:`use_gemm`.
 
     Returns:
         out (B, T, Oh, *S) in x's dtype, h_n (B, Oh, *S) in h0's (without h0, x's), gates (B, T, 3*Oh, *S), the

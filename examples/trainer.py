@@ -5,6 +5,7 @@ processes, as if it had never stopped. Rank r of n trains on every n-th sample o
 """
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -93,6 +94,10 @@ class Processes:
     def close(self) -> None:
         """Leave the group, if it was made here."""
         if self._joins:
+            # DDP's reducer may outlive this. As the group's last owner it would join gloo's thread while it holds the
+            # GIL, which that thread may be waiting for; Python lets the GIL go, so Python keeps the group to the end.
+            group = dist.group.WORLD
+            atexit.register(lambda: group)
             dist.destroy_process_group()
 
     def spread(self, model: nn.Module) -> nn.Module:

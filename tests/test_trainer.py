@@ -1,15 +1,20 @@
 """The examples' trainer: several processes learn what one does; no interrupt, kill or full disk costs more than it must."""
 
+import faulthandler
+import functools
 import importlib
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 for _name in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(_name)
@@ -92,6 +97,25 @@ def test_torchrun(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation accuracy") == 1 and "cpu and 1 more, ddp" in done.stdout
     same_rows(rows(tmp_path), rows(whole))
+
+
+def leave_with_the_model_alive(rank: int, folder: Path) -> None:
+    faulthandler.dump_traceback_later(60, exit=True)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+    join = trainer.dist.init_process_group
+    for count in range(60):
+        where = {"init_method": f"file://{folder}/{count}", "rank": rank, "world_size": 2}
+        trainer.dist.init_process_group = functools.partial(join, **where)
+        with closing(trainer.Processes("cpu")) as processes:
+            model = processes.spread(torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)]))
+            model(torch.ones(4, 64)).sum().backward()
+        del model
+
+
+def test_a_model_may_outlive_the_group(tmp_path):
+    """DDP's reducer, as the group's last owner, waited for a thread that waited for the GIL: once in some dozen runs."""
+    mp.start_processes(leave_with_the_model_alive, (tmp_path,), nprocs=2, start_method="spawn")
 
 
 def test_a_batch_is_a_multiple_of_the_processes(monkeypatch, tmp_path, capsys):

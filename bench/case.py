@@ -49,7 +49,7 @@ class Case:
 
     Attributes:
         op: its name.
-        shape: (B, T, C, *S) for minGRU, (B, T, Ox, Oh, H, W) for GRU-RCN; of the op's output else.
+        shape: (B, T, C, *S) for minGRU, (B, T, Ox, Oh, H, W) for GRU-RCN and ConvGRU; of the op's output else.
         build: makes the problem on a device; the same numbers every time.
         forward: the work of a forward pass.
         backward: the work of a backward pass, from the outputs' gradients to those of all inputs and parameters.

@@ -8,7 +8,16 @@ import torch
 
 from . import machine
 from .case import Case
-from .gru import gru_gates, gru_rcn, gru_rcn_module, gru_rcn_stream, gru_update
+from .gru import (
+    conv_gru_module,
+    conv_gru_stream,
+    gru_gates,
+    gru_rcn,
+    gru_rcn_module,
+    gru_rcn_stream,
+    gru_update,
+    stacked_gru_rcn_module,
+)
 from .scans import (
     bidirectional_module,
     cell_stream,
@@ -86,6 +95,10 @@ def ops() -> Iterator[Case]:
 def modules() -> Iterator[Case]:
     yield gru_rcn_module(16, 10, 5, 32, 8, 8)
     yield gru_rcn_module(2, 4, 5, 32, 8, 8, dtype=BF16)
+    yield conv_gru_module(4, 8, 32, 64, 28, 28)
+    yield conv_gru_module(1, 4, 5, 32, 16, 16, dtype=BF16)
+    yield stacked_gru_rcn_module(2, 8, 32, 28, 28)
+    yield stacked_gru_rcn_module(1, 4, 16, 8, 8, dtype=BF16)
     yield mingru_module(16, 256, 256)
     yield mingru_module(1, 1024, 128, compile=True)
     yield mingru_module(1, 128, 128, dtype=BF16)
@@ -105,8 +118,10 @@ def streaming() -> Iterator[Case]:
     yield cell_stream(1, 1, 512, dtype=BF16)
     yield cell_stream(1, 1, 64, 28, 28)
     yield gru_rcn_stream(1, 1, 64, 64, 28, 28)
-    yield gru_rcn_stream(1, 1, 5, 32, 8, 8, compile=True)
+    yield gru_rcn_stream(1, 1, 5, 32, 8, 8)
     yield gru_rcn_stream(1, 1, 5, 32, 8, 8, dtype=BF16)
+    yield conv_gru_stream(1, 1, 64, 64, 28, 28)
+    yield conv_gru_stream(1, 1, 64, 64, 28, 28, separable=True)
 
 
 def studies() -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """Cases of the GRU-RCN family: a step's gates, the whole sequence, the layer, one frame of a stream."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,20 @@ import convrnn
 from convrnn import reference
 
 from .case import OURS, STREAM, Case, Problem, Work, convolution_work, elementwise
-from .providers import FirstOutput, PlainGRU_RCN, Provider, Run, hoisted_gru_rcn, six_convolutions
+from .providers import (
+    FirstOfOneState,
+    FirstOutput,
+    NextState,
+    OutputOfLevels,
+    PlainConvGRU,
+    PlainGRU_RCN,
+    PlainStackedGRU_RCN,
+    PlainUpdates,
+    Provider,
+    Run,
+    hoisted_gru_rcn,
+    six_convolutions,
+)
 
 
 def gru_gates(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
@@ -128,3 +142,84 @@ def gru_rcn_stream(*shape: int, dtype: torch.dtype = torch.float32, **options: o
 
     forward, _ = gru_rcn_work(shape, dtype)
     return Case("gru_rcn", shape, build, forward, Work(0, 0), dtype, group="streaming", passes=STREAM, **options)
+
+
+def conv_gru_module(*shape: int, stride: int = 2, dtype: torch.dtype = torch.float32, **options: object) -> Case:
+    """ConvGRU whose input convolution makes the map smaller, at (B, T, Ox, Oh, H, W) of the input."""
+    batch, steps, ox, oh, height, width = shape
+    size = [-(-extent // stride) for extent in (height, width)]
+
+    def build(device: torch.device, dtype: torch.dtype) -> Problem:
+        rnn = convrnn.ConvGRU(ox, oh, 3, strides=stride, bias=False, device=device, dtype=dtype)
+        inputs = [torch.randn(batch, steps, ox, height, width), 0.5 * torch.randn(batch, oh, *size)]
+        plain = {
+            name: PlainConvGRU(rnn, partial(run, stride=stride))
+            for name, run in (("hoisted", hoisted_gru_rcn), ("six convolutions", six_convolutions))
+        }
+        return Problem(
+            [x.to(device, dtype) for x in inputs],
+            plain["six convolutions"],
+            {OURS: Provider(FirstOfOneState(rnn)), **{name: Provider(run) for name, run in plain.items()}},
+        )
+
+    pixels = torch.Size(size).numel()
+    moved = batch * steps * (ox * height * width + oh * pixels)
+    work = convolution_work(dtype, batch * steps, pixels, moved, 9 * 3 * oh * (ox + oh))
+    return Case("ConvGRU", shape, build, *work, dtype, group="module", **options)
+
+
+def stacked_gru_rcn_module(*shape: int, levels: int = 2, dtype: torch.dtype = torch.float32, **options: object) -> Case:
+    """StackedGRU_RCN at (B, T, C, H, W) of the lowest level, as many channels out as in; each next level has twice the
+    channels of the one below and half its size."""
+    batch, steps, channels, height, width = shape
+    maps = [(channels << i, height >> i, width >> i) for i in range(levels)]
+
+    def build(device: torch.device, dtype: torch.dtype) -> Problem:
+        sizes = [size for size, _, _ in maps]
+        rnn = convrnn.StackedGRU_RCN(sizes, sizes, 3, device=device, dtype=dtype)
+        return Problem(
+            [torch.randn(batch, steps, *size).to(device, dtype) for size in maps],
+            PlainStackedGRU_RCN(rnn, lambda *inputs: reference.gru_rcn(*inputs)[0]),
+            {
+                OURS: Provider(OutputOfLevels(rnn)),
+                "hoisted": Provider(PlainStackedGRU_RCN(rnn, hoisted_gru_rcn)),
+                "six convolutions": Provider(PlainStackedGRU_RCN(rnn, six_convolutions)),
+            },
+        )
+
+    forward, backward = Work(0, 0), Work(0, 0)
+    for i, (size, *extents) in enumerate(maps):
+        pixels, below = torch.Size(extents).numel(), maps[i - 1][0] if i > 0 else 0
+        moved = batch * steps * pixels * (2 * size + below)
+        level = convolution_work(dtype, batch * steps, pixels, moved, 9 * size * (3 * 2 * size + 2 * below))
+        forward, backward = forward + level[0], backward + level[1]
+    return Case("StackedGRU_RCN", shape, build, forward, backward, dtype, group="module", **options)
+
+
+def conv_gru_stream(*shape: int, separable: bool = False, dtype: torch.dtype = torch.float32) -> Case:
+    """One frame through ConvGRUCell with 3x3 kernels, or SepConvGRUCell with 1x5 and 5x1, at (B, 1, Ox, Oh, H, W)."""
+    batch, steps, ox, oh, height, width = shape
+
+    def build(device: torch.device, dtype: torch.dtype) -> Problem:
+        factory = {"bias": False, "device": device, "dtype": dtype}
+        if separable:
+            cell = convrnn.SepConvGRUCell(ox, oh, 5, **factory)
+            layers = [cell.horizontal.layers[0], cell.vertical.layers[0]]
+        else:
+            cell = convrnn.ConvGRUCell(ox, oh, 3, **factory)
+            layers = [cell.layers[0]]
+        inputs = [torch.randn(batch, steps, ox, height, width), 0.5 * torch.randn(batch, oh, height, width)]
+        return Problem(
+            [x.to(device, dtype) for x in inputs],
+            PlainUpdates(layers, lambda *inputs: reference.gru_rcn(*inputs)[0]),
+            {
+                OURS: Provider(NextState(cell)),
+                "hoisted": Provider(PlainUpdates(layers, hoisted_gru_rcn)),
+                "six convolutions": Provider(PlainUpdates(layers, six_convolutions)),
+            },
+        )
+
+    moved, taps = batch * height * width * (ox + 2 * oh), 10 if separable else 9
+    forward, _ = convolution_work(dtype, batch, height * width, moved, taps * 3 * oh * (ox + oh))
+    op = "SepConvGRUCell" if separable else "ConvGRUCell"
+    return Case(op, shape, build, forward, Work(0, 0), dtype, group="streaming", passes=STREAM)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -80,9 +80,9 @@ def sequential_mingru(gate_hidden: Tensor, h: Tensor) -> Tensor:
     return torch.lerp(h, reference.g(hidden), torch.sigmoid(gate))
 
 
-def hoisted_gru_rcn(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor) -> Tensor:
+def hoisted_gru_rcn(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor, stride: int = 1) -> Tensor:
     """GRU-RCN in plain PyTorch as an expert would write it: one input convolution for all frames, packed gates."""
-    projected = F.conv2d(x.flatten(0, 1), W, padding="same").unflatten(0, x.shape[:2])
+    projected = input_convolution(x.flatten(0, 1), W, stride).unflatten(0, x.shape[:2])
     channels = C.shape[0]
     out = []
     for frame in projected.unbind(1):
@@ -93,16 +93,22 @@ def hoisted_gru_rcn(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor) -> Te
     return torch.stack(out, 1)
 
 
-def six_convolutions(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor) -> Tensor:
+def six_convolutions(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor, stride: int = 1) -> Tensor:
     """GRU-RCN as its paper writes it."""
     (Wz, Wr, Wc), (Uz, Ur) = W.chunk(3), U.chunk(2)
     out = []
     for frame in x.unbind(1):
-        z = torch.sigmoid(F.conv2d(frame, Wz, padding="same") + F.conv2d(h, Uz, padding="same"))
-        r = torch.sigmoid(F.conv2d(frame, Wr, padding="same") + F.conv2d(h, Ur, padding="same"))
-        h = (1 - z) * h + z * torch.tanh(F.conv2d(frame, Wc, padding="same") + F.conv2d(r * h, C, padding="same"))
+        xz, xr, xc = (input_convolution(frame, weight, stride) for weight in (Wz, Wr, Wc))
+        z = torch.sigmoid(xz + F.conv2d(h, Uz, padding="same"))
+        r = torch.sigmoid(xr + F.conv2d(h, Ur, padding="same"))
+        h = (1 - z) * h + z * torch.tanh(xc + F.conv2d(r * h, C, padding="same"))
         out.append(h)
     return torch.stack(out, 1)
+
+
+def input_convolution(frames: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th pixel of the 'same' convolution with an odd kernel."""
+    return F.conv2d(frames, weight, stride=stride, padding=[size // 2 for size in weight.shape[2:]])
 
 
 class PlainStack(nn.Module):
@@ -146,6 +152,55 @@ class PlainGRU_RCN(nn.Module):
         return self.run(x, h, self.W, self.U, self.C)
 
 
+class PlainConvGRU(nn.Module):
+    """The one layer of a ``convrnn.ConvGRU`` without biases, copied, around another function."""
+
+    def __init__(self, rnn: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PlainGRU_RCN(layer, run) for layer in rnn.layers)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.layers[0](x, h)
+
+
+class PlainStackedGRU_RCN(nn.Module):
+    """The levels of a ``convrnn.StackedGRU_RCN``, copied, around another function.
+
+    What comes from the level below is more channels of the input, which the candidate does not read.
+    """
+
+    def __init__(self, rnn: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.levels, self.bottom_up = copy.deepcopy(rnn.levels), copy.deepcopy(rnn.bottom_up)
+        self.run = run
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        outs: list[Tensor] = []
+        for i, (x, level) in enumerate(zip(maps, self.levels, strict=True)):
+            weight = level.W
+            if i > 0:
+                below = F.adaptive_max_pool2d(outs[-1].flatten(0, 1), x.shape[3:]).unflatten(0, x.shape[:2])
+                x = torch.cat((x, below), 2)
+                unread = weight.new_zeros(level.hidden_size, *self.bottom_up[i - 1].shape[1:])
+                weight = torch.cat((weight, torch.cat((self.bottom_up[i - 1], unread))), 1)
+            h = x.new_zeros(x.shape[0], level.hidden_size, *x.shape[3:])
+            outs.append(self.run(x, h, weight, level.U, level.C))
+        return tuple(outs)
+
+
+class PlainUpdates(nn.Module):
+    """The layers of convrnn's cells, copied, that update a state one after another: (x, state) -> state."""
+
+    def __init__(self, layers: Iterable[nn.Module], run: Run) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PlainGRU_RCN(layer, run) for layer in layers)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(x, h)[:, -1]
+        return h
+
+
 class FirstOutput(nn.Module):
     """A layer that returns (out, state), reduced to out; its parameters keep their names."""
 
@@ -158,6 +213,27 @@ class FirstOutput(nn.Module):
 
     def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
         return self.layer.named_parameters(*args, **kwargs)
+
+
+class FirstOfOneState(FirstOutput):
+    """The same of a layer whose state is a list of one tensor, here given alone."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.layer(x, [h])[0]
+
+
+class OutputOfLevels(FirstOutput):
+    """The same of a layer that takes and returns lists of maps."""
+
+    def forward(self, *maps: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.layer(maps)[0])
+
+
+class NextState(FirstOutput):
+    """A cell whose state is a list of one tensor, reduced to (x, state) -> state."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.layer(x, [h])[1][0]
 
 
 def equal_gru(features: int, hidden: int) -> Provider:

@@ -61,7 +61,6 @@ def test_budget(arch: int, name: str, dtype: torch.dtype) -> None:
     # A float32 state beside 16-bit gates: a step exchanges lanes once before it stores, a scan never.
     barriers = int(name.startswith("gru_rcn") and dtype.itemsize == 2)
     for phase, launch in launches_of(name, dtype, arch):
-        assert launch.grid[0] < 2**31, phase
         if OPS[name].convolves:
             check_product(launch, dtype.itemsize, REGISTERS[phase])
             continue

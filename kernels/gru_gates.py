@@ -43,11 +43,13 @@ def gru_gates_fwd_kernel(
     ACC: tl.constexpr,
 ):
     lanes *= VEC
-    half *= VEC
     sample, lane, mask = program_lanes(lanes, BLOCK)
     packed = lane
     if CHANNELS_LAST:
+        half *= VEC
         packed += lane // half * half
+    else:
+        half = lanes  # the same number, but the compiler does not know, and would hold both
     xp += sample * (xp_stride * VEC) + packed
     hp += sample * (hp_stride * VEC) + packed
     xz, xr = tl.load(xp, mask).to(ACC), tl.load(xp + half, mask).to(ACC)
@@ -124,11 +126,13 @@ def gru_gates_bwd_kernel(
     ACC: tl.constexpr,
 ):
     lanes *= VEC
-    half *= VEC
     sample, lane, mask = program_lanes(lanes, BLOCK)
     packed = lane
     if CHANNELS_LAST:
+        half *= VEC
         packed += lane // half * half
+    else:
+        half = lanes  # the same number, but the compiler does not know, and would hold both
     grad_z = tl.load(dz + sample * (dz_stride * VEC) + lane, mask).to(ACC)
     grad_r = tl.load(dr + sample * (dr_stride * VEC) + lane, mask).to(ACC)
     grad_rh = tl.load(drh + sample * (drh_stride * VEC) + lane, mask).to(ACC)

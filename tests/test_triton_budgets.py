@@ -84,6 +84,7 @@ def test_amd(name: str, dtype: torch.dtype) -> None:
         assert launch.stack == launch.spills == 0, phase
         assert not launch.narrow_offsets and not launch.low_precision, phase
         assert launch.loads and launch.stores, phase
+        assert launch.shared <= 64 << 10, phase  # of a compute unit
         assert not OPS[name].convolves or "v_mfma" in launch.asm["amdgcn"], phase
 
 

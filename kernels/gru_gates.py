@@ -2,8 +2,10 @@
 
 gates:  [z, r] = sigmoid(xp + hp), rh = r h        update:  c = tanh(xc + hc), h' = (1 - z) h + z c
 
-xp, xc are input projections, hp, hc convolutions of h and of rh. Tensors are (B, kC, *S) with dense frames, channels
-first, and a free batch stride; a lane is an element of the frame (C, *S), and a pair of gates lies one frame apart.
+xp, xc are input projections, hp, hc convolutions of h and of rh. Tensors are (B, kC, *S) with a free batch stride and
+dense frames, channels first or channels last, all of a launch alike: that of what a convolution returned decides, and
+what has another is copied. A lane is an element of the frame (C, *S). Of a pair of gates, lane i has z at i and r a frame
+further with channels first; with channels last each pixel is C times z and then C times r, as in ``mingru``.
 Everything but the state has one dtype; the state h may be float32 beside it. Arithmetic is float32 (float64 for
 float64), each lane reads all it needs before it writes, so destinations may be the sources.
 
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import frame_numel, has_layout
+from .layout import empty, frame_numel, is_channels_last, to_layout
 from .math import jit_kernel, launch, program_lanes, sigmoid, stride, tanh
 
 
@@ -27,23 +29,31 @@ def gru_gates_fwd_kernel(
     z,  # (B, C, *S)
     r,  # (B, C, *S)
     rh,  # (B, C, *S)
-    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    lanes: tl.int64,  # C*N; this, half and the batch strides in units of VEC elements
+    half: tl.int64,  # from z to r: C*N, with channels last C
     xp_stride: tl.int64,
     hp_stride: tl.int64,
     h_stride: tl.int64,
     z_stride: tl.int64,
     r_stride: tl.int64,
     rh_stride: tl.int64,
+    CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
     lanes *= VEC
     sample, lane, mask = program_lanes(lanes, BLOCK)
-    xp += sample * (xp_stride * VEC) + lane
-    hp += sample * (hp_stride * VEC) + lane
-    xz, xr = tl.load(xp, mask).to(ACC), tl.load(xp + lanes, mask).to(ACC)
-    hz, hr = tl.load(hp, mask).to(ACC), tl.load(hp + lanes, mask).to(ACC)
+    packed = lane
+    if CHANNELS_LAST:
+        half *= VEC
+        packed += lane // half * half
+    else:
+        half = lanes  # the same number, but the compiler does not know, and would hold both
+    xp += sample * (xp_stride * VEC) + packed
+    hp += sample * (hp_stride * VEC) + packed
+    xz, xr = tl.load(xp, mask).to(ACC), tl.load(xp + half, mask).to(ACC)
+    hz, hr = tl.load(hp, mask).to(ACC), tl.load(hp + half, mask).to(ACC)
     state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
     reset = sigmoid(xr + hr)
     tl.store(z + sample * (z_stride * VEC) + lane, sigmoid(xz + hz), mask)
@@ -100,7 +110,8 @@ def gru_gates_bwd_kernel(
     h,
     da,  # (B, 2C, *S), the gradient of xp and of hp
     dh,
-    lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
+    lanes: tl.int64,  # C*N; this, half and the batch strides in units of VEC elements
+    half: tl.int64,  # from z to r: C*N, with channels last C
     dz_stride: tl.int64,
     dr_stride: tl.int64,
     drh_stride: tl.int64,
@@ -109,21 +120,28 @@ def gru_gates_bwd_kernel(
     h_stride: tl.int64,
     da_stride: tl.int64,
     dh_stride: tl.int64,
+    CHANNELS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
     lanes *= VEC
     sample, lane, mask = program_lanes(lanes, BLOCK)
+    packed = lane
+    if CHANNELS_LAST:
+        half *= VEC
+        packed += lane // half * half
+    else:
+        half = lanes  # the same number, but the compiler does not know, and would hold both
     grad_z = tl.load(dz + sample * (dz_stride * VEC) + lane, mask).to(ACC)
     grad_r = tl.load(dr + sample * (dr_stride * VEC) + lane, mask).to(ACC)
     grad_rh = tl.load(drh + sample * (drh_stride * VEC) + lane, mask).to(ACC)
     update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
     reset = tl.load(r + sample * (r_stride * VEC) + lane, mask).to(ACC)
     state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
-    da += sample * (da_stride * VEC) + lane
+    da += sample * (da_stride * VEC) + packed
     tl.store(da, grad_z * update * (1 - update), mask)
-    tl.store(da + lanes, (grad_r + grad_rh * state) * reset * (1 - reset), mask)
+    tl.store(da + half, (grad_r + grad_rh * state) * reset * (1 - reset), mask)
     tl.store(dh + sample * (dh_stride * VEC) + lane, grad_rh * reset, mask)
 
 
@@ -169,8 +187,13 @@ def launch_step(kernel: triton.JITFunction, like: Tensor, *operands: Tensor | No
         launch(kernel, like, operands, lanes, [0 if x is None else stride(x, 0) for x in operands])
 
 
-def _dense_frames(x: Tensor) -> Tensor:
-    return x if has_layout(x, 1, channels_last=False) else x.contiguous()
+def launch_gates(kernel: triton.JITFunction, like: Tensor, channels_last: bool, *operands: Tensor) -> None:
+    """:func:`launch_step` for a kernel with pairs of gates among its operands."""
+    lanes = frame_numel(like, 1)
+    if like.shape[0] * lanes > 0:
+        half = like.shape[1] if channels_last else lanes
+        strides = [half, *(stride(x, 0) for x in operands)]
+        launch(kernel, like, operands, lanes, strides, CHANNELS_LAST=channels_last)
 
 
 def gru_gates_fwd(
@@ -180,15 +203,17 @@ def gru_gates_fwd(
 
     Args:
         xp: (B, 2C, *S).
-        hp: (B, 2C, *S) in xp's dtype.
+        hp: (B, 2C, *S) in xp's dtype; its frames' layout is that of the results, others are copied to it.
         h: (B, C, *S) in xp's dtype or float32.
-        out: where to put (z, r, rh): dense frames, any batch stride, possibly xp's own memory.
+        out: where to put (z, r, rh): dense frames in that layout, any batch stride, possibly xp's own memory.
 
     Returns:
-        z, r, rh (B, C, *S) in xp's dtype, contiguous unless given.
+        z, r, rh (B, C, *S) in xp's dtype, dense unless given.
     """
-    z, r, rh = (xp.new_empty(h.shape) for _ in range(3)) if out is None else out
-    launch_step(gru_gates_fwd_kernel, z, _dense_frames(xp), _dense_frames(hp), _dense_frames(h), z, r, rh)
+    channels_last = is_channels_last(hp, 1)
+    inputs = [to_layout(x, 1, channels_last) for x in (xp, hp, h)]
+    z, r, rh = (empty(hp, h.shape, 1, channels_last, hp.dtype) for _ in range(3)) if out is None else out
+    launch_gates(gru_gates_fwd_kernel, z, channels_last, *inputs, z, r, rh)
     return z, r, rh
 
 
@@ -204,17 +229,23 @@ def gru_update_fwd(
 
     Args:
         xc: (B, C, *S).
-        hc: (B, C, *S), as z in xc's dtype.
+        hc: (B, C, *S), as z in xc's dtype; its frames' layout is that of the results, others are copied to it.
         z: (B, C, *S).
         h: (B, C, *S) in xc's dtype or float32.
-        out: where to put (c, h', copy of h' or None): dense frames, any batch stride, possibly the memory of xc and h.
+        out: where to put (c, h', copy of h' or None): dense frames in that layout, any batch stride, possibly the memory
+            of xc and h.
         frame: where to put one more copy of h'.
 
     Returns:
-        c in xc's dtype and h' in h's, (B, C, *S), contiguous unless given.
+        c in xc's dtype and h' in h's, (B, C, *S), dense unless given.
     """
-    c, h_next, rounded = (xc.new_empty(xc.shape), h.new_empty(h.shape), None) if out is None else out
-    inputs = [_dense_frames(x) for x in (xc, hc, z, h)]
+    channels_last = is_channels_last(hc, 1)
+    inputs = [to_layout(x, 1, channels_last) for x in (xc, hc, z, h)]
+    if out is None:
+        c, h_next = (empty(hc, h.shape, 1, channels_last, x.dtype) for x in (hc, h))
+        rounded = None
+    else:
+        c, h_next, rounded = out
     launch_step(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame)
     return c, h_next
 
@@ -223,11 +254,13 @@ def gru_gates_bwd(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: 
     """Gradients of :func:`gru_gates_fwd`; all arguments are (B, C, *S).
 
     Returns:
-        da (B, 2C, *S) in z's dtype, the gradient of xp and of hp, and dh in h's dtype, both contiguous.
+        da (B, 2C, *S) in z's dtype, the gradient of xp and of hp, and dh in h's dtype, both dense in the layout of z.
     """
-    da = z.new_empty((z.shape[0], 2 * z.shape[1], *z.shape[2:]))
-    dh = h.new_empty(h.shape)
-    launch_step(gru_gates_bwd_kernel, z, *(_dense_frames(x) for x in (dz, dr, drh, z, r, h)), da, dh)
+    channels_last = is_channels_last(z, 1)
+    inputs = [to_layout(x, 1, channels_last) for x in (dz, dr, drh, z, r, h)]
+    da = empty(z, (z.shape[0], 2 * z.shape[1], *z.shape[2:]), 1, channels_last, z.dtype)
+    dh = empty(z, h.shape, 1, channels_last, h.dtype)
+    launch_gates(gru_gates_bwd_kernel, z, channels_last, *inputs, da, dh)
     return da, dh
 
 
@@ -235,8 +268,10 @@ def gru_update_bwd(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor)
     """Gradients of :func:`gru_update_fwd`; all arguments are (B, C, *S).
 
     Returns:
-        da in z's dtype, the gradient of xc and of hc, dz in z's dtype, and dh in h's dtype, all contiguous.
+        da in c's dtype, the gradient of xc and of hc, dz in c's dtype, and dh in h's dtype, all dense in the layout of c.
     """
-    da, dz, dh = z.new_empty(z.shape), z.new_empty(z.shape), h.new_empty(h.shape)
-    launch_step(gru_update_bwd_kernel, z, *(_dense_frames(x) for x in (dc, dh_next, z, c, h)), da, dz, dh)
+    channels_last = is_channels_last(c, 1)
+    inputs = [to_layout(x, 1, channels_last) for x in (dc, dh_next, z, c, h)]
+    da, dz, dh = (empty(c, c.shape, 1, channels_last, x.dtype) for x in (c, c, h))
+    launch_step(gru_update_bwd_kernel, c, *inputs, da, dz, dh)
     return da, dz, dh

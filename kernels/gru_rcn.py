@@ -163,6 +163,7 @@ def gru_rcn_fwd(
         return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
 
     gates = dense(_conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space))
+    U, C = U.contiguous(), C.contiguous()  # a convolution by channels-last weights returns what is copied in each step
     # What the convolutions see of the state: the state itself, or a copy rounded to x's dtype.
     rounds = x.dtype != state.dtype
     frame = state.to(x.dtype)
@@ -209,7 +210,7 @@ def gru_rcn_bwd(
     """
     wanted = list(output_mask)
     wanted[1] = wanted[1] and h0 is not None
-    out, gates = out.contiguous(), gates.contiguous()
+    U, C, out, gates = (tensor.contiguous() for tensor in (U, C, out, gates))
     state_shape = (out.shape[0], *out.shape[2:])
     if dh_n is None:
         dh = x.new_zeros(state_shape, dtype=state_dtype(x))
@@ -271,6 +272,8 @@ def _recurrent_weight_grads(
     da: Tensor, h0: Tensor | None, U: Tensor, C: Tensor, out: Tensor, gates: Tensor, wants_U: bool, wants_C: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of U and C over all frames at once."""
+    if not (wants_U or wants_C):
+        return None, None
     features, steps = C.shape[0], out.shape[1]
     h_prev = out[:, :-1]
     if h0 is not None:

@@ -8,6 +8,10 @@ def _randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 
 
+def _channels_last(frames: Tensor) -> Tensor:
+    return frames.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor | None, ...]]:
     """Argument tuples of ``torch.ops.convrnn.<op>``."""
 
@@ -29,9 +33,14 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
         return [
             (randn(2, 6, 4), randn(2, 6, 4), randn(2, 3, 4)),
             (randn(2, 8, 4)[:, :6], randn(2, 6, 4), randn(2, 3, 4)),
+            (randn(2, 6, 4, 5), _channels_last(randn(2, 6, 4, 5)), randn(2, 3, 4, 5)),
         ]
     if op == "gru_update":
-        return [tuple(randn(2, 3, 4) for _ in range(4)), (randn(2, 6, 4)[:, 3:], *(randn(2, 3, 4) for _ in range(3)))]
+        return [
+            tuple(randn(2, 3, 4) for _ in range(4)),
+            (randn(2, 6, 4)[:, 3:], *(randn(2, 3, 4) for _ in range(3))),
+            (randn(2, 3, 4, 5), _channels_last(randn(2, 3, 4, 5)), *(randn(2, 3, 4, 5) for _ in range(2))),
+        ]
     if op == "gru_rcn":
         weights = randn(9, 2, 3, 3), randn(6, 3, 3, 3), randn(3, 3, 3, 3)
         return [

@@ -49,6 +49,29 @@ def test_strides(op, view, device):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 8, 2, 4), (2, 3, 2, 2, 3)], ids=str)
+def test_channels_last_stays_channels_last(op, shape, device):
+    """Outputs have the layout of what the convolution returned, gradients too; a state of another is copied."""
+    ours, truth, multiples = OPS[op]
+
+    def channels_last(x):
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    def lies_channels_last(x):
+        return x.movedim(1, -1).is_contiguous()
+
+    *others, h = inputs(multiples, shape, device)
+    for state in (channels_last(h), h):
+        given = [*map(channels_last, others), state]
+        check_against_reference(ours, truth, given)
+        leaves = [x.requires_grad_() for x in given]
+        outputs = ours(*leaves)
+        assert all(map(lies_channels_last, outputs))
+        gradients = torch.autograd.grad([y.sum() for y in outputs], leaves)
+        assert all(map(lies_channels_last, gradients))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)], ids=str)
 def test_empty(op, shape, device):
     ours, _, multiples = OPS[op]

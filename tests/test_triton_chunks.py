@@ -42,6 +42,17 @@ def test_mingru_of_any_dtype(chunk: int, dtype: torch.dtype) -> None:
     check_mingru(randn(2, 8, 330, dtype=dtype, seed=1), h0)
 
 
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "time_first"))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_one_step_more_than_a_chunk(chunk: int, dtype: torch.dtype, layout: str, with_h0: bool) -> None:
+    h0 = randn(2, 5, 3, dtype=dtype, seed=2) if with_h0 else None
+    check_mingru(arrange(randn(2, chunk + 1, 10, 3, dtype=dtype, seed=1), layout), h0)
+    if layout != "channels_last":
+        log_a = arrange(-randn(2, chunk + 1, 7, dtype=dtype, seed=1).abs(), layout)
+        check_log_scan(log_a, arrange(randn(2, chunk + 2, 7, dtype=dtype, seed=2), layout))
+
+
 @pytest.mark.parametrize("layout, steps", [("contiguous", n) for n in (0, *STEPS)] + [("time_first", 13)])
 def test_log_scan(chunk: int, layout: str, steps: int) -> None:
     log_a = arrange(-randn(2, steps, 7, 5, dtype=torch.float32, seed=1).abs(), layout)

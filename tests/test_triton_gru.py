@@ -8,10 +8,12 @@ from convrnn import reference
 
 triton = pytest.importorskip("triton")
 
+from bench.kernels import Eager
 from convrnn.kernels import gru_gates, gru_rcn
 
 from .harness.guarded import guarded
 from .harness.inputs import DTYPES, arrange, assert_close, assert_grads, double, randn
+from .harness.live import Live
 
 pytestmark = pytest.mark.interpreted
 
@@ -144,6 +146,44 @@ def test_gru_rcn_partial_gradients(with_h0: bool) -> None:
             torch.testing.assert_close(some[i], full[i])
             assert all(gradient.shape == (0,) for gradient, wanted in zip(some, mask, strict=True) if not wanted)
         assert not any(gradient.any() for gradient in gru_rcn.gru_rcn_bwd(None, None, *saved, [True] * 6))
+
+
+def _other_ops_of_a_step(weights_format: torch.memory_format) -> int:
+    """PyTorch's own ops of one step, forward and backward, but for convolutions; those that interpret a kernel are among
+    them."""
+    counts = []
+    for steps in (2, 3):
+        x, h0, W, U, C, bias = sequence(torch.float32, steps, (4, 3), True)
+        U, C = (weight.repeat_interleave(3, -1).contiguous(memory_format=weights_format) for weight in (U, C))
+        with Eager() as around:
+            out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, bias)
+            gru_rcn.gru_rcn_bwd(out, h_n, x, h0, W, U, C, out, gates, [True] * 6)
+        assert around.convolutions > 4 * steps
+        counts.append(around.ops)
+    return counts[1] - counts[0]
+
+
+def test_gru_rcn_copies_nothing_more_in_a_step_for_weights_that_are_channels_last() -> None:
+    """As those of a model brought to that memory format, in which a convolution then returns its result."""
+    assert _other_ops_of_a_step(torch.channels_last) == _other_ops_of_a_step(torch.contiguous_format)
+
+
+def test_gru_rcn_reuses_its_buffers() -> None:
+    """What a call holds at its peak beside what it returns does not grow with T."""
+    held = []
+    for steps in (3, 9):
+        x, h0, W, U, C, bias = sequence(torch.float32, steps, (4, 3), True)
+        with Live() as live:
+            out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, bias)
+            forward = live.peak - sum(y.nbytes for y in (out, h_n, gates))
+        with Live() as live:
+            grads = gru_rcn.gru_rcn_bwd(
+                None, h_n, x, h0, W, U, C, out, gates, [False, True, False, False, False, False]
+            )
+            # the gradients of all pre-activations are there at once, for the weights' gradients are batched over time
+            backward = live.peak - gates.nbytes - grads[1].nbytes
+        held.append((forward, backward))
+    assert held[0] == held[1]
 
 
 @pytest.mark.parametrize("batch, steps", ((0, 3), (2, 0)), ids=("no_batch", "no_time"))

@@ -58,10 +58,11 @@ def test_mingru_layouts(layout: str, steps: int, with_h0: bool) -> None:
 @pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("layout", ("contiguous", "chunk", "channels_last", "time_first"))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_mingru_layouts_of_16_bits(dtype: torch.dtype, layout: str, steps: int, with_h0: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_mingru_layouts_of_other_dtypes(dtype: torch.dtype, layout: str, steps: int, with_h0: bool) -> None:
     gate_hidden = arrange(randn(2, steps, 14, 3, 3, dtype=dtype, seed=1), layout)
-    check_mingru(gate_hidden, randn(2, 7, 3, 3, dtype=torch.float32, seed=2) if with_h0 else None, seed=steps)
+    h0 = randn(2, 7, 3, 3, dtype=torch.float32 if dtype.itemsize == 2 else dtype, seed=2) if with_h0 else None
+    check_mingru(gate_hidden, h0, seed=steps)
 
 
 @pytest.mark.parametrize("shape", ((3, 5, 2), (2, 5, 700), (1, 6, 32, 4, 4), (2, 3, 6, 3, 2, 5)), ids=str)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import layout
 from ._autograd import Formulas, fold, pull_back, register, zeros_if_none
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
 from ._library import register_triton
@@ -40,7 +41,8 @@ def gru_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor
         h: (B, C, *S), the state, of the same dtype or float32.
 
     Returns:
-        z, r and r . h, each (B, C, *S), contiguous, in the dtype of ``xp``.
+        z, r and r . h, each (B, C, *S), dense, in the dtype of ``xp``: channels last where ``hp`` is, else contiguous.
+        Arguments of another memory format are copied.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or a dtype does not fit.
@@ -70,7 +72,8 @@ def gru_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Te
         h: (B, C, *S), the state, of the same dtype or float32.
 
     Returns:
-        c in the dtype of ``xc`` and h' in the dtype of ``h``, each (B, C, *S), contiguous.
+        c in the dtype of ``xc`` and h' in the dtype of ``h``, each (B, C, *S), dense: channels last where ``hc`` is, else
+        contiguous. Arguments of another memory format are copied.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or a dtype does not fit.
@@ -88,29 +91,35 @@ def gru_update(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Te
     return c, h_next
 
 
+def _frames(like: Tensor, h: Tensor, dtype: torch.dtype, times: int = 1) -> Tensor:
+    """(B, times*C, *S) for the state h (B, C, *S), dense, with frames laid out as those of ``like``."""
+    shape = (h.shape[0], times * h.shape[1], *h.shape[2:])
+    return layout.empty(like, shape, 1, layout.is_channels_last(like, 1), dtype)
+
+
 @torch.library.register_fake("convrnn::gru_gates")
 def _(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(h, [("xp", xp, 2), ("hp", hp, 2)])
-    return xp.new_empty(h.shape), xp.new_empty(h.shape), xp.new_empty(h.shape)
+    return _frames(hp, h, xp.dtype), _frames(hp, h, xp.dtype), _frames(hp, h, xp.dtype)
 
 
 @torch.library.register_fake("convrnn::gru_gates_backward")
 def _(dz: Tensor, dr: Tensor, drh: Tensor, z: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, [("dz", dz, 1), ("dr", dr, 1), ("drh", drh, 1), ("z", z, 1), ("r", r, 1)])
-    return z.new_empty((h.shape[0], 2 * h.shape[1], *h.shape[2:])), h.new_empty(h.shape)
+    return _frames(z, h, z.dtype, times=2), _frames(z, h, h.dtype)
 
 
 @torch.library.register_fake("convrnn::gru_update")
 def _(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     _check(h, [("xc", xc, 1), ("hc", hc, 1), ("z", z, 1)])
-    return xc.new_empty(h.shape), h.new_empty(h.shape)
+    return _frames(hc, h, xc.dtype), _frames(hc, h, h.dtype)
 
 
 @torch.library.register_fake("convrnn::gru_update_backward")
 def _(dc: Tensor, dh_next: Tensor, z: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(h, [("dc", dc, 1), ("z", z, 1), ("c", c, 1)])
     _check(h, [("dh_next", dh_next, 1), ("h", h, 1)])
-    return c.new_empty(h.shape), c.new_empty(h.shape), h.new_empty(h.shape)
+    return _frames(c, h, c.dtype), _frames(c, h, c.dtype), _frames(c, h, h.dtype)
 
 
 def _triton_gates(xp: Tensor, hp: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,26 @@
 namespace convrnn {
 namespace {
 
-// A tensor whose rows (everything behind the batch dimension) are dense; the batch stride is free.
-Tensor rows(const Tensor& x) {
-  return to_layout(x, 1, false);
-}
+// The layout of a call's frames: that of one of its tensors. A row (everything behind the batch dimension) is dense and
+// holds `runs` of `lanes`; where it holds pairs of gates, each run is one of z and then one of r. Batch strides are free.
+struct Frames {
+  bool channels_last;
+  int64_t runs, lanes;
+
+  Frames(const Tensor& like, const Tensor& h)
+      : channels_last(is_channels_last(like, 1)),
+        runs(channels_last ? numel(shape(h), 2) : 1),
+        lanes(channels_last ? h.size(1) : numel(shape(h), 1)) {
+  }
+
+  Tensor operator()(const Tensor& x) const {
+    return to_layout(x, 1, channels_last);
+  }
+
+  Tensor empty(const Tensor& like, const Shape& sizes) const {
+    return convrnn::empty(like, sizes, like.scalar_type(), 1, channels_last);
+  }
+};
 
 // Calls f(T{}, S{}): T the dtype of `x`, S that of the state `h`, which is T or the accumulation type of T.
 template <class F>
@@ -25,7 +41,7 @@ void dispatch_state(const char* op, const Tensor& x, const Tensor& h, F f) {
   });
 }
 
-int64_t check(const char* op, const Tensor& h, std::initializer_list<std::pair<Tensor, int64_t>> others) {
+void check(const char* op, const Tensor& h, std::initializer_list<std::pair<Tensor, int64_t>> others) {
   STD_TORCH_CHECK(h.dim() >= 2, op, ": expected h of shape (B, C, *S)");
   for (const auto& [x, times] : others) {
     Shape expected = shape(h);
@@ -33,28 +49,35 @@ int64_t check(const char* op, const Tensor& h, std::initializer_list<std::pair<T
     STD_TORCH_CHECK(shape(x) == expected, op, ": shapes do not match h");
     STD_TORCH_CHECK(x.scalar_type() == others.begin()->first.scalar_type(), op, ": dtypes do not match");
   }
-  return numel(shape(h), 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gru_gates(const Tensor& xp_, const Tensor& hp_, const Tensor& h_) {
-  const int64_t n = check("convrnn::gru_gates", h_, {{xp_, 2}, {hp_, 2}});
-  const Tensor xp = rows(xp_), hp = rows(hp_), h = rows(h_);
-  Tensor z = empty(xp, shape(h)), r = empty(xp, shape(h)), rh = empty(xp, shape(h));
+  check("convrnn::gru_gates", h_, {{xp_, 2}, {hp_, 2}});
+  const Frames frames(hp_, h_);
+  const Tensor xp = frames(xp_), hp = frames(hp_), h = frames(h_);
+  Tensor z = frames.empty(xp, shape(h)), r = frames.empty(xp, shape(h)), rh = frames.empty(xp, shape(h));
   dispatch_state("convrnn::gru_gates", xp, h, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
     const auto pxp = in<T>(xp), php = in<T>(hp);
     const auto ph = in<S>(h);
     const auto pz = out<T>(z), pr = out<T>(r), prh = out<T>(rh);
-    for_rows(h.size(0), [&](int64_t b) { run<Gates<T, S>>(pxp[b], php[b], ph[b], pz[b], pr[b], prh[b], n); });
+    const int64_t n = frames.lanes;
+    for_rows(h.size(0), [&](int64_t b) {
+      for (int64_t i = 0; i < frames.runs * n; i += n) {
+        run<Gates<T, S>>(pxp[b] + 2 * i, php[b] + 2 * i, ph[b] + i, pz[b] + i, pr[b] + i, prh[b] + i, n);
+      }
+    });
   });
   return {z, r, rh};
 }
 
 std::tuple<Tensor, Tensor> gru_update(const Tensor& xc_, const Tensor& hc_, const Tensor& z_, const Tensor& h_) {
-  const int64_t n = check("convrnn::gru_update", h_, {{xc_, 1}, {hc_, 1}, {z_, 1}});
-  const Tensor xc = rows(xc_), hc = rows(hc_), z = rows(z_), h = rows(h_);
-  Tensor c = empty(xc, shape(h)), h_next = empty(h, shape(h));
+  check("convrnn::gru_update", h_, {{xc_, 1}, {hc_, 1}, {z_, 1}});
+  const Frames frames(hc_, h_);
+  const Tensor xc = frames(xc_), hc = frames(hc_), z = frames(z_), h = frames(h_);
+  Tensor c = frames.empty(xc, shape(h)), h_next = frames.empty(h, shape(h));
+  const int64_t n = numel(shape(h), 1);
   dispatch_state("convrnn::gru_update", xc, h, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
@@ -69,12 +92,12 @@ std::tuple<Tensor, Tensor> gru_update(const Tensor& xc_, const Tensor& hc_, cons
 
 std::tuple<Tensor, Tensor> gru_gates_backward(const Tensor& dz_, const Tensor& dr_, const Tensor& drh_,
                                               const Tensor& z_, const Tensor& r_, const Tensor& h_) {
-  const int64_t n =
-      check("convrnn::gru_gates_backward", h_, {{dz_, 1}, {dr_, 1}, {drh_, 1}, {z_, 1}, {r_, 1}});
-  const Tensor dz = rows(dz_), dr = rows(dr_), drh = rows(drh_), z = rows(z_), r = rows(r_), h = rows(h_);
+  check("convrnn::gru_gates_backward", h_, {{dz_, 1}, {dr_, 1}, {drh_, 1}, {z_, 1}, {r_, 1}});
+  const Frames frames(z_, h_);
+  const Tensor dz = frames(dz_), dr = frames(dr_), drh = frames(drh_), z = frames(z_), r = frames(r_), h = frames(h_);
   Shape packed = shape(h);
   packed[1] *= 2;
-  Tensor da = empty(z, packed), dh = empty(h, shape(h));
+  Tensor da = frames.empty(z, packed), dh = frames.empty(h, shape(h));
   dispatch_state("convrnn::gru_gates_backward", z, h, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);
@@ -82,8 +105,12 @@ std::tuple<Tensor, Tensor> gru_gates_backward(const Tensor& dz_, const Tensor& d
     const auto ph = in<S>(h);
     const auto pda = out<T>(da);
     const auto pdh = out<S>(dh);
+    const int64_t n = frames.lanes;
     for_rows(h.size(0), [&](int64_t b) {
-      run<GatesBackward<T, S>>(pdz[b], pdr[b], pdrh[b], pz[b], pr[b], ph[b], pda[b], pdh[b], n);
+      for (int64_t i = 0; i < frames.runs * n; i += n) {
+        run<GatesBackward<T, S>>(pdz[b] + i, pdr[b] + i, pdrh[b] + i, pz[b] + i, pr[b] + i, ph[b] + i,
+                                 pda[b] + 2 * i, pdh[b] + i, n);
+      }
     });
   });
   return {da, dh};
@@ -91,10 +118,12 @@ std::tuple<Tensor, Tensor> gru_gates_backward(const Tensor& dz_, const Tensor& d
 
 std::tuple<Tensor, Tensor, Tensor> gru_update_backward(const Tensor& dc_, const Tensor& dh_next_, const Tensor& z_,
                                                        const Tensor& c_, const Tensor& h_) {
-  const int64_t n = check("convrnn::gru_update_backward", h_, {{dc_, 1}, {z_, 1}, {c_, 1}});
+  check("convrnn::gru_update_backward", h_, {{dc_, 1}, {z_, 1}, {c_, 1}});
   check("convrnn::gru_update_backward", h_, {{dh_next_, 1}, {h_, 1}});
-  const Tensor dc = rows(dc_), dh_next = rows(dh_next_), z = rows(z_), c = rows(c_), h = rows(h_);
-  Tensor da = empty(c, shape(h)), dz = empty(c, shape(h)), dh = empty(h, shape(h));
+  const Frames frames(c_, h_);
+  const Tensor dc = frames(dc_), dh_next = frames(dh_next_), z = frames(z_), c = frames(c_), h = frames(h_);
+  Tensor da = frames.empty(c, shape(h)), dz = frames.empty(c, shape(h)), dh = frames.empty(h, shape(h));
+  const int64_t n = numel(shape(h), 1);
   dispatch_state("convrnn::gru_update_backward", c, h, [&](auto t, auto s) {
     using T = decltype(t);
     using S = decltype(s);

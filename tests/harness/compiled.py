@@ -16,7 +16,7 @@ def check(
     launches: list[Launch], aligned: bool = True, barriers: int = 0, registers: int = 128, shared: int = SHARED
 ) -> None:
     """The budget of every shipped launch: nothing in local memory, wide accesses, 64-bit offsets, float32 arithmetic,
-    no barriers, and shared memory only where there is a barrier."""
+    one grid axis, no barriers, and shared memory only where there is a barrier."""
     assert launches
     for launch in launches:
         assert launch.stack == launch.local == launch.spills == 0, launch.kernel
@@ -25,6 +25,7 @@ def check(
         assert launch.registers <= registers, launch.kernel
         assert not launch.narrow_offsets, launch.kernel
         assert not launch.low_precision, launch.kernel
+        assert len(launch.grid) == 1 and launch.grid[0] < 2**31, launch.kernel  # axes 1 and 2 end at 65,535
         if aligned:
             assert launch.wide_share == 1, f"{launch.kernel}: {launch.loads}, {launch.stores}"
 

@@ -52,19 +52,18 @@ def jvp(
         dh = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0
         if out.numel() == 0:
             return torch.zeros_like(out), dh.to(h_n.dtype), None
-        x, W, U, C = (i.to(dtype) for i in (x, *inputs[2:5]))
-        bias = None if inputs[5] is None else inputs[5].to(dtype)
+        x, W, U, C, bias = (None if i is None else i.to(dtype) for i in (x, *inputs[2:6]))
         features = C.shape[0]
         first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1)
         h = torch.cat((first.to(dtype), out[:, :-1].to(dtype)), 1)  # before each step
-        xp = _convolve_all(x, W, bias)
+        xp = x if W is None else _convolve_all(x, W, bias)
         zr = torch.sigmoid(xp[:, :, : 2 * features] + _convolve_all(h, U))
         z, r = zr.chunk(2, dim=2)
         c = torch.tanh(xp[:, :, 2 * features :] + _convolve_all(r * h, C))
 
         da = torch.zeros_like(xp)  # of the pre-activations
         if dx is not None:
-            da = da + _convolve_all(dx, W)
+            da = da + (dx if W is None else _convolve_all(dx, W))
         if dW is not None:
             da = da + _convolve_all(x, dW)
         if dbias is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._gru_rcn_tangent import forward_and_jvp, jvp, odd
+from ._gru_rcn_tangent import StandIn, forward_and_jvp, jvp, odd, restore
 from ._library import GRU_STEP, register_autocast, register_triton
 
 
@@ -29,7 +29,8 @@ def gru_rcn(
     float64). Saved for backward: the arguments, the states and [z, r, c], or with ``recompute`` the arguments and the states.
 
     Without W, x is the projection itself: what z, r and c take from the input by a convolution of any kind, biases
-    included. The op then runs the recurrence alone, and x's gradient is that of the projection.
+    included. The op then runs the recurrence alone, and x's gradient is that of the projection. It is saved with
+    ``recompute`` only; a double backward finds it from [z, r, c], with their rounding.
 
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
@@ -309,12 +310,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
+def _setup_reverse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, inputs, output)
+    x, h0, W, U, C, bias, _ = inputs
+    out, _, gates = output
+    if W is None and gates.numel() > 0:
+        # nothing reads x any more, and nobody else keeps it: the activations take its place, once for both
+        with torch.enable_grad():
+            kept = StandIn.apply(x, gates)
+        ctx.save_for_backward(kept, h0, W, U, C, out, None, bias)
+
+
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
         return (None,) * 7
-    *saved, bias = ctx.saved_tensors
-    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, wanted, bias)
+    *saved, gates, bias = ctx.saved_tensors
+    if gates is None:
+        gates = saved[0].detach()
+    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, gates, wanted, bias)
     found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
     return (*found, None)
 
@@ -340,4 +354,4 @@ register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
 register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap))
-register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10)), _vmap_backward)
+register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward)

@@ -302,23 +302,23 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
         return torch.ops.convrnn.gru_rcn_backward(*args)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], gates_for_x: bool = False
+) -> None:
     x, h0, W, U, C, bias, _ = inputs
     out, _, gates = output
-    ctx.save_for_backward(x, h0, W, U, C, out, gates, bias)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
+    kept: Tensor | None = gates
+    if gates_for_x and W is None and gates.numel() > 0:
+        # backward does not read x, and nobody else keeps it: the activations take its place, saved once for both
+        with torch.enable_grad():
+            x, kept = StandIn.apply(x, gates), None
+    ctx.save_for_backward(x, h0, W, U, C, out, kept, bias)
 
 
 def _setup_reverse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup_context(ctx, inputs, output)
-    x, h0, W, U, C, bias, _ = inputs
-    out, _, gates = output
-    if W is None and gates.numel() > 0:
-        # nothing reads x any more, and nobody else keeps it: the activations take its place, once for both
-        with torch.enable_grad():
-            kept = StandIn.apply(x, gates)
-        ctx.save_for_backward(kept, h0, W, U, C, out, None, bias)
+    _setup_context(ctx, inputs, output, gates_for_x=True)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -353,5 +353,5 @@ register_triton("gru_rcn", _triton)
 register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
-register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap))
+register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap, _setup_reverse))
 register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward)

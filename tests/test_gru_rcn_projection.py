@@ -152,9 +152,19 @@ def test_gradcheck(device):
         assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
 
 
+def test_autocast(device):
+    x, h0, U, C = make(device=device)
+    x.requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, h_n = ours(x, h0, U, C)
+    (gradient,) = torch.autograd.grad(out.float().sum(), x)
+    assert out.dtype == torch.bfloat16 and h_n.dtype == gradient.dtype == torch.float32
+    assert torch.equal(out, ours(x.bfloat16(), h0, U.bfloat16(), C.bfloat16())[0])
+
+
 def test_as_the_projection_of_the_op_itself(device):
     """What a layer may do instead of giving W."""
-    x, h0, U, C = make(device=device)
+    _, h0, U, C = make(device=device)
     W, bias = torch.randn(12, 3, 3, 3, device=device), torch.randn(12, device=device)
     frames = torch.randn(2, 4, 3, 5, 6, device=device)
     projection = torch.nn.functional.conv2d(frames.flatten(0, 1), W, bias, padding=1).unflatten(0, (2, 4))

@@ -68,7 +68,7 @@ class StandIn(torch.autograd.Function):
 def restore(primals: list[Tensor | None], returned: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The inputs of gru_rcn from those of its backward: without W the activations are kept and x is not, only its place in
     the graph."""
-    x, h0, W, U, C, bias = primals
+    x, h0, W, U, C, _ = primals
     out, gates = returned
     assert x is not None and U is not None and C is not None and out is not None and gates is not None
     if W is not None or gates.numel() == 0:
@@ -98,7 +98,8 @@ def jvp(
         dh = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0
         if out.numel() == 0:
             return torch.zeros_like(out), dh.to(h_n.dtype), None
-        x, W, U, C, bias = (None if i is None else i.to(dtype) for i in (x, *inputs[2:6]))
+        x, U, C = (i.to(dtype) for i in (x, *inputs[3:5]))
+        W, bias = (None if i is None else i.to(dtype) for i in (inputs[2], inputs[5]))
         features = C.shape[0]
         h = _states(out.to(dtype), h0)
         xp = x if W is None else _convolve_all(x, W, bias)

@@ -290,9 +290,7 @@ def _autocast(
         return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
     with torch.autocast(device_type, enabled=False):
-        out, h_n, gates = torch.ops.convrnn.gru_rcn(
-            cast(x), h0, cast(W), cast(U), cast(C), cast(bias), keep_gates
-        )
+        out, h_n, gates = torch.ops.convrnn.gru_rcn(cast(x), h0, cast(W), cast(U), cast(C), cast(bias), keep_gates)
     return out, h_n, gates
 
 
@@ -302,9 +300,7 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
         return torch.ops.convrnn.gru_rcn_backward(*args)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], gates_for_x: bool = False
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], gates_for_x: bool = False) -> None:
     x, h0, W, U, C, bias, _ = inputs
     out, _, gates = output
     ctx.mark_non_differentiable(gates)
@@ -313,7 +309,7 @@ def _setup_context(
     if gates_for_x and W is None and gates.numel() > 0:
         # backward does not read x, and nobody else keeps it: the activations take its place, saved once for both
         with torch.enable_grad():
-            x, kept = StandIn.apply(x, gates), None
+            x, kept = StandIn.apply(x, gates), None  # type: ignore[no-untyped-call]
     ctx.save_for_backward(x, h0, W, U, C, out, kept, bias)
 
 
@@ -354,4 +350,6 @@ register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
 register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap, _setup_reverse))
-register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward)
+register_backward_op(
+    "gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward
+)

@@ -92,7 +92,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def _gru_rcn(
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     bias: Tensor | None = None,
@@ -101,7 +101,7 @@ def _gru_rcn(
     if keep_gates:
         raise ValueError("gru_rcn keeps its activations here: export under torch.no_grad()")
     dtype, channels = state_dtype(x), C.shape[0]
-    projected = _convolution(x.flatten(0, 1), W, bias).unflatten(0, x.shape[:2])
+    projected = x if W is None else _convolution(x.flatten(0, 1), W, bias).unflatten(0, x.shape[:2])
     xp, xc = projected.to(dtype).split([2 * channels, channels], dim=2)
     if h0 is None:
         first = x.new_zeros((x.shape[0], channels, *x.shape[3:]), dtype=dtype)

@@ -4,7 +4,7 @@ z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1 -
 
 Forward runs the input convolution once over all B*T frames; a step is two convolutions (U, C) and two kernels (gates,
 update), or, where ``step`` says so, two kernels that convolve themselves (``gru_step``). The activations z, r, c are written over
-the input projection, and they and h are all that is saved.
+the input projection, and they and h are all that is saved. A projection that was given instead of x is read where it is.
 Backward runs the two data-gradient convolutions and two kernels a step, keeps the gradients of all pre-activations, and
 takes every weight gradient, and x's, once over all B*T frames.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
 from .gru_step import gru_conv_step_fwd, pack_weights, use_gemm
-from .layout import dense, state_dtype
+from .layout import dense, state_dtype, to_layout
 from .math import jit_kernel, program_lanes
 
 
@@ -131,17 +131,17 @@ def _conv_backward(
 
 
 def gru_rcn_fwd(
-    x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "cudnn"
+    x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "cudnn"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GRU-RCN over (B, T) frames of 1, 2 or 3 dimensions.
 
     Args:
-        x: (B, T, Ox, *S).
+        x: (B, T, Ox, *S), or without W the projection (B, T, 3*Oh, *S).
         h0: (B, Oh, *S), or None for zeros.
-        W: (3*Oh, Ox, *k), input weights in the order z, r, candidate; all kernel sizes are odd.
+        W: (3*Oh, Ox, *k), input weights in the order z, r, candidate, or None; all kernel sizes are odd.
         U: (2*Oh, Oh, *k'), recurrent weights z, r.
         C: (Oh, Oh, *k'), candidate's recurrent weights.
-        bias: (3*Oh,), or None.
+        bias: (3*Oh,), or None; None without W.
         step: "cudnn", "gemm" or "auto": how a step is computed, see :func:`use_gemm`.
 
     Returns:
@@ -162,25 +162,30 @@ def gru_rcn_fwd(
     if out.numel() == 0:
         return out, state.to(dtype), x.new_empty((batch, steps, 3 * features, *space))
 
-    gates = dense(_conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space))
     U, C = U.contiguous(), C.contiguous()  # a convolution by channels-last weights returns what is copied in each step
+    if W is not None:
+        gates = projection = dense(_conv(x.flatten(0, 1), W, bias).view(batch, steps, 3 * features, *space))
+    else:
+        gates, projection = x.new_empty((batch, steps, 3 * features, *space)), to_layout(x, 2, channels_last=False)
     # What the convolutions see of the state: the state itself, or a copy rounded to x's dtype.
     rounds = x.dtype != state.dtype
     frame = state.to(x.dtype)
     rh = torch.empty_like(frame)
     if gemm:
         weights = pack_weights(U, C)
+        if gates is not projection:
+            gates.copy_(projection)  # these kernels work in place
         for t in range(steps):
             gru_conv_step_fwd(gates[:, t], state, frame, rh, out[:, t], *weights, zero_state=t == 0 and h0 is None)
         return out, dense(state.movedim(-1, 1).to(dtype)), gates
     no_state = x.new_zeros((1, 2 * features, *space)).expand(batch, -1, *space)
     for t in range(steps):
         skip = t == 0 and h0 is None  # convolutions of a zero state
-        zr, c = gates[:, t, : 2 * features], gates[:, t, 2 * features :]
-        z, r = zr[:, :features], zr[:, features:]
-        gru_gates_fwd(zr, no_state if skip else _conv(frame, U), state, (z, r, rh))
+        xp = projection[:, t]
+        z, r, c = gates[:, t].chunk(3, dim=1)
+        gru_gates_fwd(xp[:, : 2 * features], no_state if skip else _conv(frame, U), state, (z, r, rh))
         hc = no_state[:, :features] if skip else _conv(rh, C)
-        gru_update_fwd(c, hc, z, state, (c, state, out[:, t]), frame if rounds else None)
+        gru_update_fwd(xp[:, 2 * features :], hc, z, state, (c, state, out[:, t]), frame if rounds else None)
     return out, state.to(dtype), gates
 
 
@@ -189,7 +194,7 @@ def gru_rcn_bwd(
     dh_n: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     out: Tensor,
@@ -201,7 +206,7 @@ def gru_rcn_bwd(
     Args:
         dout: gradient of out, or None for zero.
         dh_n: gradient of h_n, or None for zero.
-        x, h0, W, U, C: as in forward.
+        x, h0, W, U, C: as in forward; without W, x is not read.
         out, gates: what forward returned.
         output_mask: which of the gradients of (x, h0, W, U, C, bias) are wanted.
 
@@ -210,6 +215,7 @@ def gru_rcn_bwd(
     """
     wanted = list(output_mask)
     wanted[1] = wanted[1] and h0 is not None
+    wanted[2], wanted[5] = wanted[2] and W is not None, wanted[5] and W is not None
     U, C, out, gates = (tensor.contiguous() for tensor in (U, C, out, gates))
     state_shape = (out.shape[0], *out.shape[2:])
     if dh_n is None:
@@ -218,12 +224,15 @@ def gru_rcn_bwd(
         dh = dh_n.to(state_dtype(x), copy=True, memory_format=torch.contiguous_format)
     grads: list[Tensor | None]
     if out.numel() == 0:  # no frame, or none with a pixel and a channel: the state passes through
-        grads = [torch.zeros_like(x), dh, torch.zeros_like(W), torch.zeros_like(U), torch.zeros_like(C)]
-        grads.append(x.new_zeros(W.shape[0]))
+        grads = [torch.zeros_like(x), dh, None if W is None else torch.zeros_like(W)]
+        grads += [torch.zeros_like(U), torch.zeros_like(C), x.new_zeros(3 * C.shape[0])]
     else:
         da = torch.empty_like(gates)
         dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wanted[1])
-        dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
+        if W is None:
+            dx, dW, dbias = da, None, None
+        else:
+            dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
         grads = [dx, dh, dW, *_recurrent_weight_grads(da, h0, U, C, out, gates, wanted[3], wanted[4]), dbias]
     if wanted[1]:
         grads[1] = dh.to(h0.dtype)

@@ -39,6 +39,10 @@ def _gru(f: Callable[..., Any], h0: bool = True, **options: Any) -> Callable[...
     return called
 
 
+def _projected(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda x, h0, *recurrent: tuple(f(x, h0, None, *recurrent))
+
+
 _WEIGHTS = ((6, 1, 2, 3), (4, 2, 3, 1), (2, 2, 1, 2))  # kernels of even and odd sizes
 
 CASES = {
@@ -60,6 +64,9 @@ CASES = {
         _gru(convrnn.gru_rcn, recompute=True),
         _gru(reference.gru_rcn),
         ((1, 2, 1, 3), (1, 1, 3), (3, 1, 3), (2, 1, 3), (1, 1, 1), (3,)),
+    ),
+    "gru_rcn-projection": Case(
+        _projected(convrnn.gru_rcn), _projected(reference.gru_rcn), ((1, 2, 6, 2, 3), (1, 2, 2, 3), *_WEIGHTS[1:])
     ),
 }
 

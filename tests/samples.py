@@ -49,6 +49,8 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
             (randn(2, 3, 2, 4, 5), None, randn(9, 2, 2, 3), randn(6, 3, 3, 4), randn(3, 3, 1, 2), randn(9), False),
             (randn(2, 3, 2, 4), randn(2, 1, 4), randn(3, 2, 2), randn(2, 1, 2), randn(1, 1, 2)),
             (randn(2, 3, 2, 4), None, randn(9, 2, 3), randn(6, 3, 1), randn(3, 3, 3), randn(9)),
+            (randn(3, 2, 9, 4, 5).transpose(0, 1), randn(2, 3, 4, 5), None, *weights[1:], None),
+            (randn(2, 3, 4, 5, 9).movedim(-1, 2), None, None, *weights[1:], None, False),
             (randn(2, 3, 2, 5, 1), randn(2, 3, 5, 1), randn(9, 2, 1, 3), randn(6, 3, 1, 3), randn(3, 3, 1, 3), None),
         ]
     raise ValueError(f"no samples for {op}")

@@ -188,6 +188,12 @@ def test_flop_counter(h0, device):
     assert count(convrnn.gru_rcn, [0, 3]) == (forward, steps * w + (steps - 1) * u + recurrent * (u + c))
     if h0:
         assert count(reference.gru_rcn, range(6)) == (forward, everything)
+
+    def projected(x, h0, W, U, C, bias):
+        projection = torch.nn.functional.conv2d(x.flatten(0, 1), W, bias).unflatten(0, x.shape[:2])
+        return convrnn.gru_rcn(projection, h0, None, U, C)
+
+    assert count(projected, range(6)) == (forward, everything)
     module, frames = make("GRU_RCN", device)
     with FlopCounterMode(display=False) as counter:
         module(frames)

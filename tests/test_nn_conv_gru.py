@@ -153,6 +153,28 @@ def test_fast_path_is_the_layer_of_gru_rcn(device):
     assert torch.equal(out, seed(x, h)[0]) and torch.equal(h_n, seed(x, h)[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({"strides": 2}, True),
+        ({"paddings": 0, "dilations": 2, "learn_h0": True}, True),
+        ({"groups": 2, "input_size": 4}, True),
+        ({"padding_mode": "reflect", "recurrent_kernel_sizes": 1}, True),
+        ({"recurrent_dilations": 2}, False),
+        ({"separable": True}, False),
+        ({"strides": 2, "cell_norm": "layer"}, False),
+    ],
+    ids=str,
+)
+def test_one_op_over_the_sequence_whatever_projects_the_input(device, options, fused):
+    rnn = ConvGRU(**{"input_size": IN, "hidden_sizes": 4, "kernel_sizes": 3, **options}, device=device)
+    x = torch.randn(B, T, rnn.input_size, 7, 6, device=device)
+    with torch.profiler.profile() as profile:
+        rnn(x)
+    calls = {event.key: event.count for event in profile.key_averages() if event.key.startswith("convrnn::")}
+    assert calls == ({"convrnn::gru_rcn": 1} if fused else {"convrnn::gru_gates": T, "convrnn::gru_update": T})
+
+
 def test_reset_after_is_the_rule_of_torch(device):
     gru = torch.nn.GRU(IN, 5, batch_first=True, dtype=torch.float64, device=device)
     rnn = ConvGRU(IN, 5, 1, reset_after=True, dtype=torch.float64, device=device)

@@ -43,3 +43,11 @@ def test_one_level_is_gru_rcn(device):
     x = torch.randn(B, T, 3, 5, 5, device=device)
     (out,), (h_n,) = rnn([x])
     assert_close((out, h_n), seed(x))
+
+
+def test_each_level_is_one_op(device):
+    rnn = StackedGRU_RCN([3, 4], [2, 3], 3, device=device)
+    with torch.profiler.profile() as profile:
+        rnn([torch.randn(B, T, 3, 8, 8, device=device), torch.randn(B, T, 4, 4, 4, device=device)])
+    ran = {event.key: event.count for event in profile.key_averages() if event.key.startswith("convrnn::")}
+    assert ran == {"convrnn::gru_rcn": 2}

@@ -66,7 +66,7 @@ def test_decompositions_are_the_ops(op, device):
     """In shape, dtype and value, with and without a state, with kernels of even sizes and in one dimension."""
     overload = getattr(torch.ops.convrnn, op).default
     samples = forward_samples(op, device)
-    for arguments in [samples[1], samples[2], samples[4]] if op == "gru_rcn" else samples[:2]:
+    for arguments in [samples[i] for i in (1, 2, 4, 5, 6)] if op == "gru_rcn" else samples[:2]:
         if op == "gru_rcn":
             arguments = (*arguments, None)[:6] + (False,)
         found = convrnn.onnx.decomposition_table()[overload](*arguments)

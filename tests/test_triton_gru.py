@@ -123,6 +123,12 @@ def test_gru_rcn_layouts(dtype: torch.dtype, layout: str, steps: int, with_h0: b
     check_gru_rcn(sequence(dtype, steps, (4, 3), with_h0), layout, seed=steps)
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "chunk", "channels_last", "time_first"))
+def test_gru_rcn_of_a_projection(layout: str) -> None:
+    x, h0, _, U, C, _ = sequence(torch.float32, 3, (4, 3), True)
+    check_gru_rcn([torch.cat(5 * (x,), 2), h0, None, U, C, None], layout)
+
+
 def test_gru_rcn_keeps_a_float32_state() -> None:
     x, h0, W, U, C, _ = sequence(torch.bfloat16, 4, (4, 3), True)
     with guarded():

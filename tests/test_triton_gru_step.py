@@ -15,7 +15,7 @@ from convrnn.kernels import gru_rcn, gru_step
 
 from .harness.compiled import AMD, ARCHS, Launch, check, check_product, compiling
 from .harness.guarded import guarded
-from .harness.inputs import assert_close, assert_grads, double, randn, spread_out
+from .harness.inputs import arrange, assert_close, assert_grads, double, randn, spread_out
 
 SEQUENCE = 64  # allowed error in units of the dtype's epsilon, as of the other form
 PRODUCTS = ["gru_conv_gates_fwd_kernel", "gru_conv_update_fwd_kernel"]
@@ -71,6 +71,22 @@ def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], with_h
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_a_projection_is_read_and_left(layout: str) -> None:
+    x, h0, W, U, C, bias = inputs_of(3, 2, 8, 5, 5, torch.float32)
+    convolved = torch.nn.functional.conv2d(x.flatten(0, 1), W, bias, padding=1).unflatten(0, x.shape[:2])
+    projection = arrange(convolved, layout)
+    with guarded():
+        results = [
+            gru_rcn.gru_rcn_fwd(*arguments, "gemm")
+            for arguments in ((x, h0, W, U, C, bias), (projection, h0, None, U, C, None))
+        ]
+    assert torch.equal(projection, convolved)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.interpreted
 def test_the_state_stays_float32_from_step_to_step() -> None:
     inputs = inputs_of(2, 6, 32, 3, 3, torch.bfloat16)
     inputs[1] = inputs[1].float()
@@ -92,9 +108,9 @@ def test_the_state_stays_float32_from_step_to_step() -> None:
 def test_strides_beyond_2_to_the_31() -> None:
     """Gates and outputs of one sample lie 2^31 elements from those of the next."""
     results = []
-    for arrange in (lambda x: x, lambda x: spread_out(x, 2**31 + 64)):
-        gates = arrange(randn(3, 21, 3, 5, dtype=torch.bfloat16, seed=1))
-        out = arrange(torch.zeros(3, 7, 3, 5, dtype=torch.bfloat16))
+    for place in (lambda x: x, lambda x: spread_out(x, 2**31 + 64)):
+        gates = place(randn(3, 21, 3, 5, dtype=torch.bfloat16, seed=1))
+        out = place(torch.zeros(3, 7, 3, 5, dtype=torch.bfloat16))
         state = randn(3, 3, 5, 7, dtype=torch.float32, seed=2)
         frame = state.bfloat16()
         _, _, _, U, C, _ = inputs_of(1, 1, 7, 1, 1, torch.bfloat16)

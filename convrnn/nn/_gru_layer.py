@@ -240,8 +240,10 @@ class GRUParameters(nn.Module):
             return make_norm("cell_norm", cell_norm, hidden_size, packed, device=device, dtype=dtype)
 
         self.norm_W, self.norm_U, self.norm_C = norm(3), norm(2), norm(1)
-        # What the whole-sequence op covers, masks over time and recurrent dropout aside.
-        self.fused = input.fused and recurrent.fused and self.norm_W is None and not reset_after and zoneout == 0.0
+        # What the whole-sequence op covers, masks over time and recurrent dropout aside: with the input's convolution, or
+        # with any convolution before it.
+        self.fused_recurrence = recurrent.fused and self.norm_W is None and not reset_after and zoneout == 0.0
+        self.fused = input.fused and self.fused_recurrence
         GRUParameters.reset_parameters(self)
 
     def reset_parameters(self) -> None:
@@ -289,16 +291,22 @@ class GRULayer(GRUParameters):
     ) -> tuple[Tensor, Tensor]:
         """Runs all frames (B, T, input_size, *S); ``below`` (B, T, 2*hidden_size, *S') joins what z and r read."""
         dropout = self.recurrent_dropout if self.training else 0.0
-        if self.fused and dropout == 0.0 and live is None and restart is None and below is None:
+        walks = not self.fused_recurrence or dropout > 0.0 or live is not None or restart is not None
+        if self.fused and below is None and not walks:
             return self.run_fused(x, self.initial_state(x) if h is None and self.h0 is not None else h)
-        initial = self.initial_state(x)
-        self.recurrent.size(list(initial.shape[2:]))
+        self.recurrent.size(self.input.size(list(x.shape[3:])))  # which refuse frames that are too small
         projection = self.project(x)
         if below is not None:
             size = self.hidden_size
             projection = torch.cat((projection[:, :, : 2 * size] + below, projection[:, :, 2 * size :]), 2)
-        if h is None:
+        initial: Tensor | None = None
+        if restart is not None or (h is None and (walks or self.h0 is not None)):
+            initial = self.initial_state(x)
+        if h is None and initial is not None:
             h = initial.to(projection.dtype)
+        if not walks:
+            return gru_rcn(projection, h, None, self.U, self.C, recompute=self.recompute)
+        assert h is not None
         return recur(
             projection,
             h,

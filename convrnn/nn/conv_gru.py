@@ -38,11 +38,11 @@ class ConvGRU(nn.Module):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c in each layer.
 
     ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
-    near 0 keeps the state h. Each layer reads the output of the one before. A layer whose convolutions are dense, with
-    zero 'same' padding and without stride or dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), as
-    long as none of ``reset_after``, ``cell_norm``, ``zoneout``, ``recurrent_dropout`` (in training), ``lengths`` and
-    ``reset`` is in use; every other computes the input's convolutions for all frames at once and walks over time.
-    Compiled, such a walk is unrolled.
+    near 0 keeps the state h. Each layer reads the output of the one before, and computes the input's convolutions, of
+    any kind, for all frames at once. A layer whose recurrent convolutions are dense, with zero padding and without
+    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), as long as none of ``reset_after``,
+    ``cell_norm``, ``zoneout``, ``recurrent_dropout`` (in training), ``lengths`` and ``reset`` is in use; every other
+    walks over time. Compiled, such a walk is unrolled.
 
     Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
     (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).

@@ -37,6 +37,8 @@ class Formulas(NamedTuple):
     backward: Callable[..., Tensors]  # (ctx, *gradients of the outputs) -> a gradient for each input
     jvp: Callable[..., Tensors]  # (inputs, outputs, tangents of the inputs) -> a tangent for each output
     vmap: Vmap  # torch.autograd.Function.vmap
+    setup_reverse: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None] | None = None
+    """In place of ``setup_context`` where reverse mode alone follows, outside of transforms: it may save what is made there."""
 
 
 class Forward(NamedTuple):
@@ -45,6 +47,9 @@ class Forward(NamedTuple):
     jvp: Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]  # (p, u) -> J(p) u
     cotangents: tuple[int, ...]  # where the backward op takes v
     primals: tuple[int, ...]  # where it takes p; its outputs come in the same order
+    returned: tuple[int, ...] = ()  # where it takes what F returned, as far as ``restore`` reads it
+    restore: Callable[[list[Maybe], Sequence[Maybe]], list[Maybe]] | None = None
+    """(p as the backward op got it, what F returned) -> p, where the backward op was given less than p."""
 
 
 def register(name: str, formulas: Formulas) -> None:
@@ -87,7 +92,10 @@ def register(name: str, formulas: Formulas) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             result = op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
         full = (*inputs, *defaults[len(inputs) :])
-        setup_context(ctx, full, result)
+        if forward_mode or formulas.setup_reverse is None:
+            setup_context(ctx, full, result)
+        else:
+            formulas.setup_reverse(ctx, full, outputs_of(result))
         if forward_mode:
             save_for_jvp(ctx, full, result)
         ctx.num_inputs = len(inputs)
@@ -146,9 +154,16 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
     op = getattr(torch.ops.convrnn, name).default
     count = len(op._schema.arguments)
 
+    def taken(inputs: Sequence[Any]) -> tuple[list[Maybe], list[Maybe]]:
+        """v and p."""
+        p = [inputs[i] for i in forward.primals]
+        if forward.restore is not None:
+            p = forward.restore(p, [inputs[i] for i in forward.returned])
+        return [inputs[i] for i in forward.cotangents], p
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        variables = (*forward.cotangents, *forward.primals)
-        ctx.save_for_backward(*(inputs[i] for i in variables))
+        used = {*forward.cotangents, *forward.primals, *forward.returned}
+        ctx.save_for_backward(*(x if i in used else None for i, x in enumerate(inputs)))
         ctx.set_materialize_grads(False)
 
     def directions_of(primals: Sequence[Maybe], given: Sequence[Maybe]) -> list[Maybe]:
@@ -159,10 +174,10 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
 
     def backward(ctx: Any, *gradients: Maybe) -> Tensors:
         saved = ctx.saved_tensors
-        v, p = saved[: len(forward.cotangents)], saved[len(forward.cotangents) :]
-        u = directions_of(p, gradients)
+        u = directions_of([saved[i] for i in forward.primals], gradients)
         found: list[Maybe] = [None] * count
         if any(x is not None for x in u):
+            v, p = taken(saved)
             wanted = [ctx.needs_input_grad[i] if i < len(ctx.needs_input_grad) else False for i in forward.primals]
             dv, dp = second_order(forward.jvp, p, u, v, wanted)
             for i, gradient in zip((*forward.cotangents, *forward.primals), (*dv, *dp), strict=True):
@@ -170,7 +185,7 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
         return tuple(found)
 
     def jvp(inputs: Sequence[Any], outputs: Sequence[Maybe], tangents: Sequence[Maybe]) -> Tensors:
-        v, p = [inputs[i] for i in forward.cotangents], [inputs[i] for i in forward.primals]
+        v, p = taken(inputs)
         dv, dp = [tangents[i] for i in forward.cotangents], [tangents[i] for i in forward.primals]
         terms: list[Sequence[Maybe]] = []
         if any(x is not None for x in dv):

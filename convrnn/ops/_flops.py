@@ -15,12 +15,12 @@ _MODULE = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def _convolutions(x: Shape, weights: Sequence[Shape]) -> list[int]:
-    """FLOPs of one frame of the whole batch for each weight, as aten.convolution is counted."""
-    return [2 * x[0] * math.prod(x[3:]) * math.prod(weight) for weight in weights]
+def _convolutions(x: Shape, weights: Sequence[Shape | None]) -> list[int]:
+    """FLOPs of one frame of the whole batch for each weight, as aten.convolution is counted; none for None."""
+    return [0 if weight is None else 2 * x[0] * math.prod(x[3:]) * math.prod(weight) for weight in weights]
 
 
-def _forward(x: Shape, h0: Shape | None, W: Shape, U: Shape, C: Shape, *args: Any, **kwargs: Any) -> int:
+def _forward(x: Shape, h0: Shape | None, W: Shape | None, U: Shape, C: Shape, *args: Any, **kwargs: Any) -> int:
     w, u, c = _convolutions(x, (W, U, C))
     steps = x[1]
     return steps * w + (steps if h0 is not None else max(steps - 1, 0)) * (u + c)
@@ -31,7 +31,7 @@ def _backward(
     dh_n: Shape | None,
     x: Shape,
     h0: Shape | None,
-    W: Shape,
+    W: Shape | None,
     U: Shape,
     C: Shape,
     out: Shape,

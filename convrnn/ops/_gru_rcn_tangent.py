@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.layout import state_dtype
+from ._library import BACKEND
 
 
 def odd(weight: Tensor) -> Tensor:
@@ -39,6 +40,51 @@ def _convolve_all(frames: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return _convolve(frames.flatten(0, 1), weight, bias).unflatten(0, frames.shape[:2])
 
 
+def _states(out: Tensor, h0: Tensor | None) -> Tensor:
+    """The state before each step."""
+    first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1).to(out.dtype)
+    return torch.cat((first, out[:, :-1]), 1)
+
+
+def _activations(gates: Tensor, features: int) -> Tensor:
+    """z, r and c (B, T, 3*Oh, *S) from what the kernels of the device kept (kernels/cpu/gru_cell.h)."""
+    if gates.device.type != "cpu" or BACKEND == "triton":
+        return gates
+    return gates.reshape(*gates.shape[:2], 3, *gates.shape[3:], features).movedim(-1, 3).flatten(2, 3)
+
+
+class StandIn(torch.autograd.Function):
+    """``other``, in x's place of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        return other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+def restore(primals: list[Tensor | None], returned: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The inputs of gru_rcn from those of its backward: without W the activations are kept and x is not, only its place in
+    the graph."""
+    x, h0, W, U, C, _ = primals
+    out, gates = returned
+    assert x is not None and U is not None and C is not None and out is not None and gates is not None
+    if W is not None or gates.numel() == 0:
+        return primals
+    dtype, features = state_dtype(x), C.shape[0]
+    with _no_autocast(x):
+        zr, c = _activations(gates, features).to(dtype).split([2 * features, features], dim=2)
+        h = _states(out.to(dtype), h0)
+        rh = zr[:, :, features:] * h
+        most = 1e4  # where they round to 0 or 1: far out and finite in every dtype
+        a_zr = torch.logit(zr).clamp(-most, most) - _convolve_all(h, U.to(dtype))
+        a_c = torch.atanh(c).clamp(-most, most) - _convolve_all(rh, C.to(dtype))
+        projection = torch.cat((a_zr, a_c), 2).to(x.dtype)
+        return [x + (projection - x).detach(), *primals[1:]]
+
+
 def jvp(
     inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
@@ -52,19 +98,18 @@ def jvp(
         dh = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0
         if out.numel() == 0:
             return torch.zeros_like(out), dh.to(h_n.dtype), None
-        x, W, U, C = (i.to(dtype) for i in (x, *inputs[2:5]))
-        bias = None if inputs[5] is None else inputs[5].to(dtype)
+        x, U, C = (i.to(dtype) for i in (x, *inputs[3:5]))
+        W, bias = (None if i is None else i.to(dtype) for i in (inputs[2], inputs[5]))
         features = C.shape[0]
-        first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1)
-        h = torch.cat((first.to(dtype), out[:, :-1].to(dtype)), 1)  # before each step
-        xp = _convolve_all(x, W, bias)
+        h = _states(out.to(dtype), h0)
+        xp = x if W is None else _convolve_all(x, W, bias)
         zr = torch.sigmoid(xp[:, :, : 2 * features] + _convolve_all(h, U))
         z, r = zr.chunk(2, dim=2)
         c = torch.tanh(xp[:, :, 2 * features :] + _convolve_all(r * h, C))
 
         da = torch.zeros_like(xp)  # of the pre-activations
         if dx is not None:
-            da = da + _convolve_all(dx, W)
+            da = da + (dx if W is None else _convolve_all(dx, W))
         if dW is not None:
             da = da + _convolve_all(x, dW)
         if dbias is not None:

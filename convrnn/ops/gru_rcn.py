@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
 from ._check import check_floating, check_same_device, check_same_dtype, check_shape
-from ._gru_rcn_tangent import forward_and_jvp, jvp, odd
+from ._gru_rcn_tangent import StandIn, forward_and_jvp, jvp, odd, restore
 from ._library import GRU_STEP, register_autocast, register_triton
 
 
 def gru_rcn(
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     bias: Tensor | None = None,
@@ -28,6 +28,10 @@ def gru_rcn(
     runs once over all frames, weight gradients are batched over time, and state and gates are computed in fp32 (fp64 for
     float64). Saved for backward: the arguments, the states and [z, r, c], or with ``recompute`` the arguments and the states.
 
+    Without W, x is the projection itself: what z, r and c take from the input by a convolution of any kind, biases
+    included. The op then runs the recurrence alone, and x's gradient is that of the projection. It is saved with
+    ``recompute`` only; a double backward finds it from [z, r, c], with their rounding.
+
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
 
@@ -39,12 +43,13 @@ def gru_rcn(
     Under autocast, x, the weights and the bias are cast once a call and the state stays fp32.
 
     Args:
-        x: (B, T, Ox, *S) with one, two or three spatial dimensions; float32, float64, bfloat16 or float16.
+        x: (B, T, Ox, *S) with one, two or three spatial dimensions; float32, float64, bfloat16 or float16. Without W,
+            (B, T, 3*Oh, *S) in the order z, r, candidate.
         h0: (B, Oh, *S), the state before the first frame, of any of these dtypes; None is zero.
-        W: (3*Oh, Ox, *k), input kernels in the order z, r, candidate, of x's dtype.
+        W: (3*Oh, Ox, *k), input kernels in the order z, r, candidate, of x's dtype; None where x is the projection.
         U: (2*Oh, Oh, *k), recurrent kernels z, r.
         C: (Oh, Oh, *k), the recurrent kernel of the candidate. The kernel sizes of W, U and C may differ.
-        bias: (3*Oh,) in the order z, r, candidate, or None.
+        bias: (3*Oh,) in the order z, r, candidate, or None; None without W.
         recompute: compute the activations again in backward instead of keeping them: a quarter of the memory of
             hidden size is kept, for about another forward pass of time. On the CPU with 16-bit tensors they follow from
             the states as returned, rounded, and differ from the first ones by that.
@@ -64,6 +69,9 @@ def gru_rcn(
         >>> out, h_n = gru_rcn(torch.zeros(2, 5, 3, 8, 8), None, W, U, C)
         >>> out.shape, h_n.shape
         (torch.Size([2, 5, 4, 8, 8]), torch.Size([2, 4, 8, 8]))
+        >>> strided = torch.nn.functional.conv2d(torch.zeros(10, 3, 16, 16), W, stride=2, padding=1)
+        >>> gru_rcn(strided.unflatten(0, (2, 5)), None, None, U, C)[0].shape
+        torch.Size([2, 5, 4, 8, 8])
     """
     _check_shapes(x, h0, W, U, C, bias)
     if not torch.jit.is_scripting():  # which knows no autocast by device; there the op finds the wrong dtype
@@ -92,7 +100,7 @@ def _needs_gradient(inputs: list[Tensor | None]) -> bool:
     return False
 
 
-def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
     check_floating("x", x)
     if x.dim() < 4 or x.dim() > 6 or x.shape[2] == 0:
         raise ValueError(
@@ -101,7 +109,12 @@ def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor,
     if C.dim() != x.dim() - 1 or C.shape[0] != C.shape[1]:
         raise ValueError(f"C must be (Oh, Oh, *k) with {x.dim() - 3} kernel dimensions, got {list(C.shape)}")
     channels = C.shape[0]
-    _check_kernel("W", W, 3 * channels, x.shape[2], x)
+    if W is None:
+        check_shape("x", x, "(B, T, 3*Oh, *S) without W", [x.shape[0], x.shape[1], 3 * channels] + list(x.shape[3:]))
+        if bias is not None:
+            raise ValueError("bias must be None without W: x is what it would be added to, got a Tensor")
+    else:
+        _check_kernel("W", W, 3 * channels, x.shape[2], x)
     _check_kernel("U", U, 2 * channels, channels, x)
     _check_kernel("C", C, channels, channels, x)
     if bias is not None:
@@ -128,15 +141,16 @@ def _check_kernel(name: str, weight: Tensor, out_channels: int, in_channels: int
         )
 
 
-def _check_dtypes(x: Tensor, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
-    check_same_dtype("W", W, "x", x)
+def _check_dtypes(x: Tensor, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+    if W is not None:
+        check_same_dtype("W", W, "x", x)
     check_same_dtype("U", U, "x", x)
     check_same_dtype("C", C, "x", x)
     if bias is not None:
         check_same_dtype("bias", bias, "x", x)
 
 
-def _check_op(x: Tensor, h0: Tensor | None, W: Tensor, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+def _check_op(x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
     _check_shapes(x, h0, W, U, C, bias)
     _check_dtypes(x, W, U, C, bias)
 
@@ -146,7 +160,7 @@ def _check_backward(
     dh_n: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     out: Tensor,
@@ -173,7 +187,7 @@ def _check_backward(
 def _(
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     bias: Tensor | None = None,
@@ -183,7 +197,7 @@ def _(
     batch, steps, _, *size = x.shape
     out = x.new_empty((batch, steps, C.shape[0], *size))
     h_n = x.new_empty((batch, C.shape[0], *size), dtype=x.dtype if h0 is None else h0.dtype)
-    return out, h_n, x.new_empty((batch, steps, W.shape[0], *size) if keep_gates else (0,))
+    return out, h_n, x.new_empty((batch, steps, 3 * C.shape[0], *size) if keep_gates else (0,))
 
 
 @torch.library.register_fake("convrnn::gru_rcn_backward")
@@ -192,7 +206,7 @@ def _(
     dh_n: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     out: Tensor,
@@ -201,16 +215,20 @@ def _(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
-    inputs = (x, h0, W, U, C, W.new_empty(W.shape[0]))
+    inputs = (x, h0, W, U, C, None if W is None else W.new_empty(W.shape[0]))
     return tuple(
         x.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
         for like, wanted in zip(inputs, output_mask, strict=True)
     )
 
 
-def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
+def _odd_or_none(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else odd(weight)
+
+
+def _narrow(gradient: Tensor, weight: Tensor | None) -> Tensor:
     """The gradient of ``weight`` from that of ``odd(weight)``; as it is where nobody asked for it."""
-    if gradient.dim() != weight.dim() or gradient.shape == weight.shape:
+    if weight is None or gradient.dim() != weight.dim() or gradient.shape == weight.shape:
         return gradient
     for dim in range(2, weight.dim()):
         gradient = gradient.narrow(dim, gradient.shape[dim] - weight.shape[dim], weight.shape[dim])
@@ -220,7 +238,7 @@ def _narrow(gradient: Tensor, weight: Tensor) -> Tensor:
 def _triton(
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     bias: Tensor | None = None,
@@ -229,7 +247,7 @@ def _triton(
     from ..kernels.gru_rcn import gru_rcn_fwd
 
     _check_op(x, h0, W, U, C, bias)
-    out, h_n, gates = gru_rcn_fwd(x, h0, odd(W), odd(U), odd(C), bias, GRU_STEP)
+    out, h_n, gates = gru_rcn_fwd(x, h0, _odd_or_none(W), odd(U), odd(C), bias, GRU_STEP)
     return out, h_n, gates if keep_gates else gates.new_empty(0)
 
 
@@ -238,7 +256,7 @@ def _triton_backward(
     dh_n: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     out: Tensor,
@@ -249,7 +267,7 @@ def _triton_backward(
     from ..kernels.gru_rcn import gru_rcn_bwd, gru_rcn_fwd
 
     _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
-    widened = [odd(weight) for weight in (W, U, C)]
+    widened = _odd_or_none(W), odd(U), odd(C)
     if gates.numel() == 0 and out.numel() > 0:
         gates = gru_rcn_fwd(x, h0, *widened, bias, GRU_STEP)[2]
     dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *widened, out, gates, output_mask)
@@ -260,7 +278,7 @@ def _autocast(
     device_type: str,
     x: Tensor,
     h0: Tensor | None,
-    W: Tensor,
+    W: Tensor | None,
     U: Tensor,
     C: Tensor,
     bias: Tensor | None = None,
@@ -268,13 +286,11 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(t: Tensor) -> Tensor:
-        return t if t.dtype == torch.float64 else t.to(dtype)
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
     with torch.autocast(device_type, enabled=False):
-        out, h_n, gates = torch.ops.convrnn.gru_rcn(
-            cast(x), h0, cast(W), cast(U), cast(C), None if bias is None else cast(bias), keep_gates
-        )
+        out, h_n, gates = torch.ops.convrnn.gru_rcn(cast(x), h0, cast(W), cast(U), cast(C), cast(bias), keep_gates)
     return out, h_n, gates
 
 
@@ -284,20 +300,31 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
         return torch.ops.convrnn.gru_rcn_backward(*args)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], gates_for_x: bool = False) -> None:
     x, h0, W, U, C, bias, _ = inputs
     out, _, gates = output
-    ctx.save_for_backward(x, h0, W, U, C, out, gates, bias)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
+    kept: Tensor | None = gates
+    if gates_for_x and W is None and gates.numel() > 0:
+        # backward does not read x, and nobody else keeps it: the activations take its place, saved once for both
+        with torch.enable_grad():
+            x, kept = StandIn.apply(x, gates), None  # type: ignore[no-untyped-call]
+    ctx.save_for_backward(x, h0, W, U, C, out, kept, bias)
+
+
+def _setup_reverse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup_context(ctx, inputs, output, gates_for_x=True)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
         return (None,) * 7
-    *saved, bias = ctx.saved_tensors
-    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, wanted, bias)
+    *saved, gates, bias = ctx.saved_tensors
+    if gates is None:
+        gates = saved[0].detach()
+    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, gates, wanted, bias)
     found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
     return (*found, None)
 
@@ -322,5 +349,7 @@ register_triton("gru_rcn", _triton)
 register_triton("gru_rcn_backward", _triton_backward)
 register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
-register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap))
-register_backward_op("gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10)), _vmap_backward)
+register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap, _setup_reverse))
+register_backward_op(
+    "gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward
+)

@@ -12,12 +12,15 @@ class Cell {
  public:
   using A = acc_t<T>;
 
-  Cell(const Problem& p, const Tensor& W, const Tensor& U, const Tensor& C, const std::optional<Tensor>& bias)
+  Cell(const Problem& p, const std::optional<Tensor>& W, const Tensor& U, const Tensor& C,
+       const std::optional<Tensor>& bias)
       : p_(p),
-        w_({p.frame, p.w, false, p.input(), p.planes(3)}, weights<T>(W)),
         u_({p.frame, p.u, false, p.state(), p.planes(2)}, weights<T>(U)),
         c_({p.frame, p.c, false, p.state(), p.planes(1)}, weights<T>(C)),
         bias_(bias.has_value() ? 3 * p.channels : 0) {
+    if (W.has_value()) {
+      w_.emplace(ConvShape{p.frame, p.w, false, p.input(), p.planes(3)}, weights<T>(*W));
+    }
     if (bias.has_value()) {
       std::copy_n(data<T>(*bias), 3 * p.channels, bias_.data());
     }
@@ -27,7 +30,8 @@ class Cell {
     return {p_, u_.packed_bytes(), u_.panel_width()};
   }
   int64_t scratch_size(const Schedule& schedule) const {
-    return planes_size(schedule.most_rows()) + std::max({w_.scratch_size(), u_.scratch_size(), c_.scratch_size()});
+    const int64_t project = w_.has_value() ? w_->scratch_size() : 0;
+    return planes_size(schedule.most_rows()) + std::max({project, u_.scratch_size(), c_.scratch_size()});
   }
   int64_t xp_size() const {
     return 3 * p_.pixels() * p_.pitch;
@@ -36,12 +40,23 @@ class Cell {
     return 3 * p_.pixels() * p_.channels;
   }
 
+  bool projects() const {
+    return w_.has_value();
+  }
   void project(const A* x, A* xp, const Part& part, A* scratch) const {
     const int64_t first = part.row_begin * p_.frame.size.width, last = part.row_end * p_.frame.size.width;
-    w_(x, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
+    (*w_)(x, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
     for (int64_t gate = 0; bias_.data() != nullptr && gate < 3; ++gate) {
       run<Add<A>>(bias_.data() + gate * p_.channels + part.channel_begin, int64_t{0},
                   xp + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first, part.channels(), p_.pitch);
+    }
+  }
+
+  // xp of a step from the projection given instead of x.
+  void take(const Sequence<const T>& projection, int64_t b, int64_t t, A* xp, const Part& part) const {
+    for (int64_t gate = 0; gate < 3; ++gate) {
+      projection.from(gate * p_.channels)
+          .template rows<Move::in>(b, t, p_, part, xp + gate * p_.pixels() * p_.pitch, p_.pitch, false);
     }
   }
 
@@ -96,7 +111,8 @@ class Cell {
   }
 
   const Problem& p_;
-  Convolution<A> w_, u_, c_;
+  std::optional<Convolution<A>> w_;
+  Convolution<A> u_, c_;
   Buffer<A> bias_;
 };
 

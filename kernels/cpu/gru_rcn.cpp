@@ -4,7 +4,8 @@
 // Frames become channels-last in padded buffers (convolution.h); the weights are packed once a call. Forward: the input
 // convolution of some steps, then step by step the convolutions of U and C with their gates. Backward: step by step the
 // data gradients of C and U, then those of x and of the weights for all those steps. Saved for backward: x, h and the
-// activations z, r, c, or with `keep_gates` off x and h alone, from which the activations are computed again.
+// activations z, r, c, or with `keep_gates` off x and h alone, from which the activations are computed again. Without W, x is
+// what the input convolution would give, read step by step; then it is not saved where the activations are.
 //
 // Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache;
 // else they share every stage's rows and channels. Neither changes a bit of the result.
@@ -29,28 +30,31 @@ Shape sequence_sizes(const Tensor& x, int64_t channels) {
   return sizes;
 }
 
-void check(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W, const Tensor& U, const Tensor& C) {
+void check(const Tensor& x, const std::optional<Tensor>& h0, const std::optional<Tensor>& W, const Tensor& U,
+           const Tensor& C) {
   STD_TORCH_CHECK(C.dim() >= 1, "convrnn::gru_rcn: expected C of shape (Oh, Oh, *k)");
   const int64_t channels = C.size(0);
-  for (const Tensor& weight : {W, U, C}) {
+  for (const Tensor& weight : {W.value_or(C), U, C}) {
     STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(),
                     "convrnn::gru_rcn: expected W, U and C in the dtype of x");
     for (int64_t d = 2; d < weight.dim(); ++d) {
       STD_TORCH_CHECK(weight.size(d) > 0, "convrnn::gru_rcn: expected kernels of at least one tap");
     }
   }
-  STD_TORCH_CHECK(x.dim() >= 4 && x.dim() <= 6 && x.size(2) > 0 && W.dim() == x.dim() - 1 && U.dim() == W.dim() && C.dim() == W.dim() &&
-                      W.size(0) == 3 * channels && W.size(1) == x.size(2) && U.size(0) == 2 * channels &&
-                      U.size(1) == channels && C.size(1) == channels,
-                  "convrnn::gru_rcn: expected x (B, T, Ox, *S), W (3*Oh, Ox, *k), U (2*Oh, Oh, *k), C (Oh, Oh, *k)");
+  STD_TORCH_CHECK(x.dim() >= 4 && x.dim() <= 6 && x.size(2) > 0 && C.dim() == x.dim() - 1 && U.dim() == C.dim() &&
+                      U.size(0) == 2 * channels && U.size(1) == channels && C.size(1) == channels,
+                  "convrnn::gru_rcn: expected x (B, T, Ox, *S), U (2*Oh, Oh, *k), C (Oh, Oh, *k)");
+  STD_TORCH_CHECK(!W.has_value() || (W->dim() == C.dim() && W->size(0) == 3 * channels && W->size(1) == x.size(2)),
+                  "convrnn::gru_rcn: expected W (3*Oh, Ox, *k)");
+  STD_TORCH_CHECK(W.has_value() || x.size(2) == 3 * channels, "convrnn::gru_rcn: expected x (B, T, 3*Oh, *S) without W");
   check_state("convrnn::gru_rcn", h0);
   STD_TORCH_CHECK(!h0.has_value() || shape(*h0) == state_sizes(x, C),
                   "convrnn::gru_rcn: expected h0 of shape (B, Oh, *S)");
 }
 
 template <class T>
-void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Tensor& U, const Tensor& C,
-             const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
+void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor>& W, const Tensor& U,
+             const Tensor& C, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
   using A = acc_t<T>;
   const Cell<T> cell(p, W, U, C, bias);
   const Schedule schedule = cell.schedule();
@@ -61,8 +65,8 @@ void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Ten
   T* const kept = keep ? mutable_data<T>(gates) : nullptr;
 
   constexpr int64_t kProjected = 1 << 20;  // bytes: stay in the second-level cache, or nearly
-  const int64_t x_size = p.frame.pixels() * p.inputs, h_size = p.frame.pixels() * p.pitch;
-  const int64_t chunk = chunk_of(kProjected, (cell.xp_size() + x_size) * sizeof(A), p.steps);
+  const int64_t x_size = cell.projects() ? p.frame.pixels() * p.inputs : 0, h_size = p.frame.pixels() * p.pitch;
+  const int64_t chunk = cell.projects() ? chunk_of(kProjected, (cell.xp_size() + x_size) * sizeof(A), p.steps) : 1;
   const int64_t workspace = padded(chunk * (x_size + cell.xp_size()) + 2 * h_size);
   Buffer<A> work(schedule.workspaces() * workspace), scratch(slots() * padded(cell.scratch_size(schedule)));
   Buffer<T> unkept(keep ? 0 : schedule.workspaces() * cell.kept_size());
@@ -88,25 +92,30 @@ void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Ten
   });
   for (int64_t begin = 0; begin < p.steps; begin += chunk) {
     const int64_t end = std::min(p.steps, begin + chunk);
-    stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-      if (part.channel_begin == 0) {
-        const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
-        for (int64_t t = begin; t < end; ++t) {
-          xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+    if (cell.projects()) {
+      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
+        if (part.channel_begin == 0) {
+          const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
+          for (int64_t t = begin; t < end; ++t) {
+            xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+          }
         }
-      }
-    });
-    stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-      const Workspace w = of(slot, b);
-      for (int64_t i = 0; i < end - begin; ++i) {
-        cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
-      }
-    });
+      });
+      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
+        const Workspace w = of(slot, b);
+        for (int64_t i = 0; i < end - begin; ++i) {
+          cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+        }
+      });
+    }
     for (int64_t t = begin; t < end; ++t) {
       const bool zero = t == 0 && !has_h0;
       const int64_t xp = (t - begin) * cell.xp_size();
       stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
         const Workspace w = of(slot, b);
+        if (!cell.projects()) {
+          cell.take(xs, b, t, w.xp, part);
+        }
         cell.gates(w.xp + xp, w.h, zero, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
       });
       stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
@@ -122,8 +131,9 @@ void forward(const Problem& p, Tensor x, bool has_h0, const Tensor& W, const Ten
   schedule.run(stages);
 }
 
-void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const Tensor& W) {
-  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == x.scalar_type() && shape(*bias) == Shape{W.size(0)}),
+void check_bias(const std::optional<Tensor>& bias, const Tensor& x, const std::optional<Tensor>& W) {
+  STD_TORCH_CHECK(!bias.has_value() || W.has_value(), "convrnn::gru_rcn: expected no bias without W");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->scalar_type() == x.scalar_type() && shape(*bias) == Shape{W->size(0)}),
                   "convrnn::gru_rcn: expected bias of shape (3*Oh,) in the dtype of x");
 }
 
@@ -142,13 +152,13 @@ Tensor dense_state(const std::optional<Tensor>& h, const Tensor& x, const Tensor
   return state;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0, const Tensor& W_,
-                                           const Tensor& U_, const Tensor& C_, const std::optional<Tensor>& bias_,
-                                           bool keep_gates) {
+std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0,
+                                           const std::optional<Tensor>& W_, const Tensor& U_, const Tensor& C_,
+                                           const std::optional<Tensor>& bias_, bool keep_gates) {
   check(x, h0, W_, U_, C_);
   check_bias(bias_, x, W_);
-  const Tensor W = dense(W_), U = dense(U_), C = dense(C_);
-  const std::optional<Tensor> bias = dense_or_none(bias_);
+  const Tensor U = dense(U_), C = dense(C_);
+  const std::optional<Tensor> W = dense_or_none(W_), bias = dense_or_none(bias_);
   const Tensor out = empty(x, sequence_sizes(x, C.size(0)));
   const Tensor gates = keep_gates ? empty(x, sequence_sizes(x, 3 * C.size(0))) : nothing(x);
   Tensor state = dense_state(h0, x, C, state_dtype(x));
@@ -163,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
     const std::optional<Tensor>& dout, const std::optional<Tensor>& dh_n, const Tensor& x,
-    const std::optional<Tensor>& h0, const Tensor& W_, const Tensor& U_, const Tensor& C_, const Tensor& out,
+    const std::optional<Tensor>& h0, const std::optional<Tensor>& W_, const Tensor& U_, const Tensor& C_, const Tensor& out,
     const Tensor& gates, std::vector<bool> output_mask, const std::optional<Tensor>& bias) {
   check(x, h0, W_, U_, C_);
   for (const auto& sequence : {dout, std::optional<Tensor>(out)}) {
@@ -178,14 +188,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
                       (!dh_n.has_value() || shape(*dh_n) == state_sizes(x, C_)) && output_mask.size() == 6,
                   "convrnn::gru_rcn_backward: expected gates and dh_n as gru_rcn returns them, and 6 flags");
   output_mask[1] = output_mask[1] && h0.has_value();
-  const Tensor W = dense(W_), U = dense(U_), C = dense(C_);
+  output_mask[2] = output_mask[2] && W_.has_value();
+  output_mask[5] = output_mask[5] && W_.has_value();
+  const Tensor U = dense(U_), C = dense(C_);
+  const std::optional<Tensor> W = dense_or_none(W_);
   Tensor dh = dense_state(dh_n, x, C, state_dtype(x));
   const auto wanted = [&](size_t i, const Tensor& like) {
     return output_mask[i] ? std::optional<Tensor>(empty(like, shape(like))) : std::nullopt;
   };
-  Gradients gradients{wanted(0, x), wanted(2, W), wanted(3, U), wanted(4, C), std::nullopt, output_mask[1]};
+  Gradients gradients{wanted(0, x), wanted(2, W.value_or(x)), wanted(3, U), wanted(4, C), std::nullopt, output_mask[1]};
   if (output_mask[5]) {
-    gradients.dbias = empty(x, {W.size(0)});
+    gradients.dbias = empty(x, {3 * C.size(0)});
   }
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);

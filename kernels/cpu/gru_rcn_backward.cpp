@@ -62,6 +62,7 @@ class Backward {
         wanted_(wanted),
         has_h0_(operands.h0.has_value()),
         recompute_(gates.numel() == 0),
+        projects_(operands.W.has_value()),
         width_(p.frame.size.width),
         x_pitch_(padded(p.inputs)),
         through_u_({p.frame, p.u, true, p.packed(2), p.state()}, flipped<T>(operands.U)),
@@ -80,7 +81,7 @@ class Backward {
         kept_(recompute_ ? nullptr : const_cast<T*>(data<T>(gates))),  // not written: it is kept
         dh_(p.batch * plane()) {
     constexpr int64_t kChunk = 2 << 20;  // bytes of the frames of a chunk of steps
-    step_size_ = padded(p.frame.pixels() * (5 * p.pitch + p.inputs));
+    step_size_ = padded(p.frame.pixels() * (5 * p.pitch + (projects_ ? p.inputs : 0)));
     chunk_ = chunk_of(kChunk, p.batch * step_size_ * sizeof(A), p.steps);
     const auto want = [&](const std::optional<Tensor>& weight, const Size& kernel, const Channels& in,
                           const Channels& out, int64_t lane, A* Step<T>::*input) {
@@ -96,10 +97,12 @@ class Backward {
     const int64_t plane_size = schedule_.most_rows() * width_ * std::max(p.pitch, x_pitch_);
     int64_t scratch_size = std::max(through_u_.scratch_size(), through_c_.scratch_size());
     if (wanted.dx.has_value()) {
-      through_w_.emplace(ConvShape{p.frame, p.w, true, p.packed(3), {1, p.inputs, x_pitch_, x_pitch_}},
-                         flipped<T>(operands.W));
-      scratch_size = std::max(scratch_size, through_w_->scratch_size());
       dxs_.emplace(*wanted.dx, 2, false);
+    }
+    if (wanted.dx.has_value() && projects_) {
+      through_w_.emplace(ConvShape{p.frame, p.w, true, p.packed(3), {1, p.inputs, x_pitch_, x_pitch_}},
+                         flipped<T>(*operands.W));
+      scratch_size = std::max(scratch_size, through_w_->scratch_size());
     }
     scratch_size += plane_size;
     plane_size_ = plane_size;
@@ -195,7 +198,11 @@ class Backward {
       found.push_back([this, zero, t](int64_t slot, int64_t b, const Part& part) {
         const Step<T> s = step(b, t);
         A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
-        cell_->project(s.x, xp, part, scratch(slot));
+        if (projects_) {
+          cell_->project(s.x, xp, part, scratch(slot));
+        } else {
+          cell_->take(xs_, b, t, xp, part);
+        }
         cell_->gates(xp, s.h, zero, s.rh, s.kept, part, scratch(slot));
       });
       found.push_back([this, zero, t, end](int64_t slot, int64_t b, const Part& part) {
@@ -222,8 +229,12 @@ class Backward {
       if (first_ == 0 && wanted_.dh0) {
         dhs_.template rows<Move::out>(b, 0, p_, part, dh(b), p_.pitch, false);
       }
-      for (int64_t t = first_; through_w_.has_value() && part.channel_begin == 0 && t < end; ++t) {
-        inputs(slot, b, t, {part.row_begin, part.row_end, 0, p_.inputs});
+      for (int64_t t = first_; dxs_.has_value() && t < end; ++t) {
+        if (!projects_) {
+          give(b, t, part);
+        } else if (part.channel_begin == 0) {
+          inputs(slot, b, t, {part.row_begin, part.row_end, 0, p_.inputs});
+        }
       }
     });
     return found;
@@ -250,7 +261,7 @@ class Backward {
                           p_.channels);
       });
     }
-    if (part.channel_begin == 0 && (recompute_ || wanted_.dW.has_value())) {
+    if (projects_ && part.channel_begin == 0 && (recompute_ || wanted_.dW.has_value())) {
       xs_.template rows<Move::in>(b, t, p_, {part.row_begin, part.row_end, 0, p_.inputs}, s.x, p_.inputs, true);
     }
   }
@@ -302,9 +313,17 @@ class Backward {
     dxs_->template rows<Move::out>(b, t, p_, part, through - part.row_begin * width_ * x_pitch_, x_pitch_, false);
   }
 
+  // To the projection given instead of x.
+  void give(int64_t b, int64_t t, const Part& part) {
+    for (int64_t gate = 0; gate < 3; ++gate) {
+      dxs_->from(gate * p_.channels)
+          .template rows<Move::out>(b, t, p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch, true);
+    }
+  }
+
   const Problem& p_;
   const Gradients& wanted_;
-  bool has_h0_, recompute_;
+  bool has_h0_, recompute_, projects_;
   int64_t width_, x_pitch_;
   Convolution<A> through_u_, through_c_;
   std::optional<Convolution<A>> through_w_;

@@ -8,7 +8,8 @@ namespace convrnn {
 struct Operands {
   Tensor x;
   std::optional<Tensor> h0;
-  Tensor W, U, C;
+  std::optional<Tensor> W;
+  Tensor U, C;
   std::optional<Tensor> bias;
   Tensor out;
   std::optional<Tensor> dout;

@@ -22,19 +22,20 @@ inline Size frame_size(const Tensor& x, int64_t first) {
 // What follows from the shapes.
 struct Problem {
   int64_t batch, steps, inputs, channels, pitch;  // pitch: channels, padded to the convolutions' blocks
-  Frame frame;
   Size w, u, c;  // kernel sizes
+  Frame frame;
 
-  Problem(const Tensor& x, const Tensor& W, const Tensor& U, const Tensor& C)
+  // Without W, x is the projection, as if a kernel of one pixel had nothing to add to the frame's zeros.
+  Problem(const Tensor& x, const std::optional<Tensor>& W, const Tensor& U, const Tensor& C)
       : batch(x.size(0)),
         steps(x.size(1)),
         inputs(x.size(2)),
         channels(C.size(0)),
         pitch(padded(channels)),
-        frame(frame_size(x, 3), batch * steps, {frame_size(W, 2), frame_size(U, 2), frame_size(C, 2)}),
-        w(frame_size(W, 2)),
+        w(W.has_value() ? frame_size(*W, 2) : Size{1, 1, 1}),
         u(frame_size(U, 2)),
-        c(frame_size(C, 2)) {}
+        c(frame_size(C, 2)),
+        frame(frame_size(x, 3), batch * steps, {w, u, c}) {}
 
   int64_t pixels() const {
     return frame.size.pixels();
@@ -169,6 +170,13 @@ struct Sequence {
     int64_t pixels = numel(shape(x), channel_dim + 1), channels = x.size(channel_dim);
     pixel = channels_last ? channels : 1;
     channel = channels_last ? 1 : pixels;
+  }
+
+  // The same frames from a channel on.
+  Sequence from(int64_t first) const {
+    Sequence rest = *this;
+    rest.data += first * channel;
+    return rest;
   }
 
   // The rows and channels of a part, to or from lanes at `to`, its pixel (0, 0) and channel 0; the rows of the lanes lie

@@ -42,9 +42,10 @@ class Formulas(NamedTuple):
 class Forward(NamedTuple):
     """The op F as :func:`register_backward_op` needs it; ``jvp`` computes F itself on the way."""
 
-    jvp: Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]  # (p, u) -> J(p) u
+    jvp: Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]  # (p, u) -> J(p) u; p ends with the constants
     cotangents: tuple[int, ...]  # where the backward op takes v
     primals: tuple[int, ...]  # where it takes p; its outputs come in the same order
+    constants: tuple[int, ...] = ()  # where it takes the last inputs of F, of which there is no derivative
 
 
 def register(name: str, formulas: Formulas) -> None:
@@ -147,9 +148,12 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
     count = len(op._schema.arguments)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        variables = (*forward.cotangents, *forward.primals)
+        variables = (*forward.cotangents, *forward.primals, *forward.constants)
         ctx.save_for_backward(*(inputs[i] for i in variables))
         ctx.set_materialize_grads(False)
+
+    def jvp_at(constants: Sequence[Maybe]) -> Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]:
+        return lambda primals, directions: forward.jvp((*primals, *constants), directions)
 
     def directions_of(primals: Sequence[Maybe], given: Sequence[Maybe]) -> list[Maybe]:
         # outputs that were not wanted have no elements, and neither have their gradients
@@ -159,12 +163,13 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
 
     def backward(ctx: Any, *gradients: Maybe) -> Tensors:
         saved = ctx.saved_tensors
-        v, p = saved[: len(forward.cotangents)], saved[len(forward.cotangents) :]
+        first, last = len(forward.cotangents), len(forward.cotangents) + len(forward.primals)
+        v, p, constants = saved[:first], saved[first:last], saved[last:]
         u = directions_of(p, gradients)
         found: list[Maybe] = [None] * count
         if any(x is not None for x in u):
             wanted = [ctx.needs_input_grad[i] if i < len(ctx.needs_input_grad) else False for i in forward.primals]
-            dv, dp = second_order(forward.jvp, p, u, v, wanted)
+            dv, dp = second_order(jvp_at(constants), p, u, v, wanted)
             for i, gradient in zip((*forward.cotangents, *forward.primals), (*dv, *dp), strict=True):
                 found[i] = gradient
         return tuple(found)
@@ -180,7 +185,8 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
             terms.append(op(*replaced))
         if any(x is not None for x in dp) and any(x is not None for x in v):
             wanted = [x is not None and y is not None and x.shape == y.shape for x, y in zip(p, outputs, strict=True)]
-            terms.append(second_order(forward.jvp, p, dp, v, wanted)[1])
+            constants = [inputs[i] for i in forward.constants]
+            terms.append(second_order(jvp_at(constants), p, dp, v, wanted)[1])
         return tuple(None if y is None else _sum([term[i] for term in terms], y) for i, y in enumerate(outputs))
 
     register(name, Formulas(setup_context, backward, jvp, vmap))

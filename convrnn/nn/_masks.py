@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -36,7 +35,8 @@ def reverse(x: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 def resets_before(reset: Tensor) -> Tensor:
     """Returns the cuts (B, T) as the other direction meets them: frame t-1 begins anew where frame t does in this one."""
-    return F.pad(reset[:, 1:], (0, 1))
+    t = torch.arange(reset.shape[1], device=reset.device)
+    return reset.roll(-1, 1) & (t < reset.shape[1] - 1)  # a slice would tie torch.export to more than two frames
 
 
 def run_packed(

@@ -20,6 +20,7 @@ from torch._higher_order_ops.scan import scan
 
 from . import reference
 from .kernels.layout import state_dtype
+from .ops.mingru import HOLD, RESTART, has_bit
 
 __all__ = ["decomposition_table"]
 
@@ -61,12 +62,17 @@ def _over_time(step: Callable[..., Tensor], first: Tensor, sequences: tuple[Tens
     return out, h_n
 
 
-def _mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _mingru(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     dtype = state_dtype(gate_hidden)
     gate, hidden = gate_hidden.to(dtype).chunk(2, dim=2)
     first = torch.full_like(gate[:, 0], 0.5) if h0 is None else h0.to(dtype)
-    sequences = torch.sigmoid(-gate), torch.sigmoid(gate) * reference.g(hidden)
-    out, h_n = _over_time(lambda h, keep, new: keep * h + new, first, sequences)
+    keep, new = torch.sigmoid(-gate), torch.sigmoid(gate) * reference.g(hidden)
+    if codes is None:
+        out, h_n = _over_time(lambda h, keep, new: keep * h + new, first, (keep, new))
+    else:
+        held = has_bit(codes, HOLD, gate)
+        sequences = torch.where(held, 1.0, keep), torch.where(held, 0.0, new), has_bit(codes, RESTART, gate)
+        out, h_n = _over_time(lambda h, keep, new, restart: keep * torch.where(restart, 0.5, h) + new, first, sequences)
     return out.to(gate_hidden.dtype), h_n.to(gate_hidden.dtype if h0 is None else h0.dtype).clone()
 
 

@@ -15,7 +15,9 @@ def g(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
-def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mingru(
+    gate_hidden: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, hold: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t), z = sigmoid(gate); see :func:`convrnn.mingru`."""
     gate, hidden = gate_hidden.chunk(2, dim=2)
     h = torch.full_like(gate[:, 0], 0.5) if h0 is None else h0
@@ -23,8 +25,11 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
     # the backward linear in T
     keep, new = torch.sigmoid(-gate).unbind(1), (torch.sigmoid(gate) * g(hidden)).unbind(1)
     out = []
-    for keep_t, new_t in zip(keep, new, strict=True):
-        h = keep_t * h + new_t
+    for t, (keep_t, new_t) in enumerate(zip(keep, new, strict=True)):
+        if reset is not None:
+            h = torch.where(reset[:, t].view(-1, *(1 for _ in h.shape[1:])), 0.5, h)
+        moved = keep_t * h + new_t
+        h = moved if hold is None else torch.where(hold[:, t].view(-1, *(1 for _ in h.shape[1:])), h, moved)
         out.append(h)
     return torch.stack(out, dim=1), h
 

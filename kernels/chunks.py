@@ -40,6 +40,10 @@ MIN_CHUNKS = 4
 
 MAP_ARRAYS = tl.constexpr(3)
 
+# The lost share of a map that restarts: nothing is left of what enters, whatever it was. No share comes to 2, which tells
+# it apart from one that vanished, through which a NaN passes.
+CUT_OFF = tl.constexpr(2.0)
+
 
 def chunk_steps(lanes: int, steps: int, itemsize: int, processors: int) -> int:
     """How many steps make a chunk; ``steps`` where T stays whole. Shape, dtype and device alone decide.
@@ -127,6 +131,7 @@ def carry_kernel(
     lanes: tl.int64,
     initial_stride_b: tl.int64,
     INITIAL: tl.constexpr,
+    RESTARTS: tl.constexpr,  # whether maps may be cut off
     BLOCK: tl.constexpr,
     U: tl.constexpr,
     ACC: tl.constexpr,
@@ -149,12 +154,17 @@ def carry_kernel(
         for u in tl.static_range(U):
             tl.store(carry_ptr + u * lanes, state, mask)
             state = carry(state, kepts[u], losts[u], moveds[u])
+            if RESTARTS:
+                state = tl.where(losts[u] == CUT_OFF, moveds[u], state)
         map_ptr += U * MAP_ARRAYS * lanes
         carry_ptr += U * lanes
     for _ in range(chunks % U):
         tl.store(carry_ptr, state, mask)
         kept, lost = tl.load(map_ptr, mask), tl.load(map_ptr + lanes, mask)
-        state = carry(state, kept, lost, tl.load(map_ptr + 2 * lanes, mask))
+        moved = tl.load(map_ptr + 2 * lanes, mask)
+        state = carry(state, kept, lost, moved)
+        if RESTARTS:
+            state = tl.where(lost == CUT_OFF, moved, state)
         map_ptr += MAP_ARRAYS * lanes
         carry_ptr += lanes
 
@@ -188,7 +198,9 @@ def launch_carries(
         )
 
 
-def linear_carries(like: Tensor, initial: Tensor | None, maps: Tensor, value: float = 0.0) -> Tensor:
+def linear_carries(
+    like: Tensor, initial: Tensor | None, maps: Tensor, value: float = 0.0, restarts: bool = False
+) -> Tensor:
     """The states (B * chunks, lanes) that enter the chunks of ``maps`` (B, chunks, 3, lanes).
 
     Args:
@@ -196,6 +208,7 @@ def linear_carries(like: Tensor, initial: Tensor | None, maps: Tensor, value: fl
         initial: (B, *) with dense lanes, the state before the first chunk; None for ``value`` everywhere.
         maps: kept, lost and moved of each chunk.
         value: see initial.
+        restarts: whether maps may be cut off.
     """
     _, chunks, _, lanes = maps.shape
     carries = scratch(like, chunks, 1, lanes)
@@ -207,6 +220,7 @@ def linear_carries(like: Tensor, initial: Tensor | None, maps: Tensor, value: fl
         lanes,
         0 if initial is None else stride(initial, 0),
         INITIAL=value,
+        RESTARTS=restarts,
         U=CARRIES_AHEAD,
     )
     return carries.flatten(0, 2)

@@ -116,7 +116,8 @@ def vector_width(like: Tensor, operands: Iterable[Tensor | None], extents: Itera
     Kernels take strides and sizes divided by it and multiply again, which is what tells the compiler about alignment;
     a hint on the value (``tl.multiple_of``) does not, and Triton by itself only sees multiples of 16.
     """
-    if any(x.data_ptr() % VECTOR_BYTES for x in operands if x is not None):
+    # codes, one for each frame, are no lanes: a program reads them one by one
+    if any(x.data_ptr() % VECTOR_BYTES for x in operands if x is not None and x.dtype != torch.uint8):
         return 1
     return math.gcd(VECTOR_BYTES // like.element_size(), *extents)
 

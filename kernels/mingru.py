@@ -13,21 +13,27 @@ Rounding. The state moves from whichever end is nearer: h + z (g - h) for z < 1/
 smaller of z and 1 - z is computed without cancellation. Rounding 1 - z would lose a small z; multiplying it out would
 lose a small 1 - z.
 
+Codes, one for each frame of a sample and so for all lanes of a program: bit 0 restarts the state, from 1/2, before the
+frame; bit 1 holds it through the frame, which is selected away and not multiplied by zero.
+
 Moved, in elements per lane and step: forward reads gate, hidden, writes h (3); backward reads gate, hidden, h, dh,
-writes dgate, dhidden (6). Saved for backward: gate_hidden and h; z and g are recomputed.
+writes dgate, dhidden (6); a program reads a byte more a step for codes. Saved for backward: gate_hidden and h; z and g
+are recomputed.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import MAP_ARRAYS, cut, decay, linear_carries, program_chunk, scratch, store_map
-from .layout import empty, frame_numel, is_channels_last, to_layout
+from .chunks import CUT_OFF, MAP_ARRAYS, cut, decay, linear_carries, program_chunk, scratch, store_map
+from .layout import dense, empty, frame_numel, is_channels_last, to_layout
 from .math import jit_kernel, launch, sigmoid_tail, stride
 
 # Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
 FORWARD_STEPS = 4
 BACKWARD_STEPS = 2
+
+START = tl.constexpr(0.5)  # g(0), the state without h0 and behind a restart
 
 
 @triton.jit
@@ -38,32 +44,71 @@ def _gate(gate, ACC: tl.constexpr):
 
 
 @triton.jit
-def _step(h, nearer, opens, hidden, ACC: tl.constexpr):
-    """h_t from h_{t-1} [BLOCK]."""
+def _restarts(code):
+    return (code & 1) != 0
+
+
+@triton.jit
+def _holds(code):
+    return (code & 2) != 0
+
+
+@triton.jit
+def _along(code_ptr, steps: tl.constexpr):
+    """A number of itself would be an offset of 32 bits."""
+    return code_ptr + tl.full((), steps, tl.int64)
+
+
+@triton.jit
+def _step(h, nearer, opens, hidden, code, ACC: tl.constexpr):
+    """h_t from h_{t-1} [BLOCK]; here and below ``code`` is a scalar, or None."""
+    if code is not None:
+        h = tl.where(_restarts(code), START, h)
     hidden = hidden.to(ACC)
     g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
     near = tl.where(opens, g, h)
     far = tl.where(opens, h, g)
-    return near + nearer * (far - near)
+    moved = near + nearer * (far - near)
+    if code is not None:
+        moved = tl.where(_holds(code), h, moved)
+    return moved
 
 
 @triton.jit
-def _passed(dh, nearer, opens):
+def _decay(kept, lost, nearer, opens, code):
+    """The shares of what enters a chunk behind a step, in either direction of time [BLOCK]."""
+    next_kept, next_lost = decay(kept, lost, nearer, opens)
+    if code is not None:
+        next_kept = tl.where(_restarts(code), 0.0, tl.where(_holds(code), kept, next_kept))
+        next_lost = tl.where(_restarts(code), CUT_OFF, tl.where(_holds(code), lost, next_lost))
+    return next_kept, next_lost
+
+
+@triton.jit
+def _passed(dh, nearer, opens, code):
     """The gradient of h_{t-1} through (1 - z_t) h_{t-1} from the whole gradient of h_t [BLOCK]."""
     product = dh * nearer
-    return tl.where(opens, product, dh - product)
+    passed = tl.where(opens, product, dh - product)
+    if code is not None:
+        passed = tl.where(_restarts(code), 0.0, tl.where(_holds(code), dh, passed))
+    return passed
 
 
 @triton.jit
-def _step_backward(dh, nearer, opens, hidden, h_prev, ACC: tl.constexpr):
+def _step_backward(dh, nearer, opens, hidden, h_prev, code, ACC: tl.constexpr):
     """dgate_t, dhidden_t and the gradient of h_{t-1} from the whole gradient of h_t [BLOCK]."""
     hidden = hidden.to(ACC)
+    if code is not None:
+        h_prev = tl.where(_restarts(code), START, h_prev.to(ACC))
     tail = sigmoid_tail(hidden)
     g = tl.where(hidden >= 0, hidden + 0.5, tail)
     dg = tl.where(hidden >= 0, 1.0, tail * (1 - tail))
     dgate = dh * (g - h_prev.to(ACC)) * nearer * (1 - nearer)
     dhidden = dh * tl.where(opens, 1 - nearer, nearer) * dg
-    return dgate, dhidden, _passed(dh, nearer, opens)
+    if code is not None:
+        dgate = tl.where(_holds(code), 0.0, dgate)
+        dhidden = tl.where(_holds(code), 0.0, dhidden)
+    return dgate, dhidden, _passed(dh, nearer, opens, code)
 
 
 @jit_kernel
@@ -72,6 +117,7 @@ def mingru_fwd_kernel(
     h0,  # (B, C, *S), batch stride free, or None for 1/2; with chunks (B, chunks, lanes), the state that enters each
     h,  # (B, T, C, *S), dense
     h_n,  # (B, C, *S), dense
+    codes,  # (B, T) uint8, dense, or None: every frame is an ordinary step
     maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a state of 0; else None
     T: tl.int32,
     chunk_steps: tl.int32,
@@ -96,6 +142,8 @@ def mingru_fwd_kernel(
         gate_ptr += lane // half * half
     hidden_ptr = gate_ptr + half
     h_ptr = h + (sample * T + first) * lanes + lane
+    if codes is not None:
+        code_ptr = codes + (sample * T + first)
 
     if maps is not None:
         state = tl.zeros((BLOCK,), ACC)
@@ -103,30 +151,39 @@ def mingru_fwd_kernel(
     elif h0 is not None:
         state = tl.load(h0 + row * (h0_stride_b * VEC) + lane, mask).to(ACC)
     else:
-        state = tl.full((BLOCK,), 0.5, ACC)
+        state = tl.full((BLOCK,), START, ACC)
     for _ in range(steps // U):
         gates = ()
         hiddens = ()
+        steps_codes = ()
         for u in tl.static_range(U):
             gates += (tl.load(gate_ptr + u * gh_stride_t, mask),)
             hiddens += (tl.load(hidden_ptr + u * gh_stride_t, mask),)
+            if codes is not None:
+                steps_codes += (tl.load(_along(code_ptr, u)),)
         for u in tl.static_range(U):
             nearer, opens = _gate(gates[u], ACC)
-            state = _step(state, nearer, opens, hiddens[u], ACC)
+            code = steps_codes[u] if codes is not None else None
+            state = _step(state, nearer, opens, hiddens[u], code, ACC)
             if maps is not None:
-                kept, lost = decay(kept, lost, nearer, opens)
+                kept, lost = _decay(kept, lost, nearer, opens, code)
             else:
                 tl.store(h_ptr + u * lanes, state, mask)
+        if codes is not None:
+            code_ptr = _along(code_ptr, U)
         gate_ptr += U * gh_stride_t
         hidden_ptr += U * gh_stride_t
         h_ptr += U * lanes
     for _ in range(steps % U):
         nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
-        state = _step(state, nearer, opens, tl.load(hidden_ptr, mask), ACC)
+        code = tl.load(code_ptr) if codes is not None else None
+        state = _step(state, nearer, opens, tl.load(hidden_ptr, mask), code, ACC)
         if maps is not None:
-            kept, lost = decay(kept, lost, nearer, opens)
+            kept, lost = _decay(kept, lost, nearer, opens, code)
         else:
             tl.store(h_ptr, state, mask)
+        if codes is not None:
+            code_ptr = _along(code_ptr, 1)
         gate_ptr += gh_stride_t
         hidden_ptr += gh_stride_t
         h_ptr += lanes
@@ -145,6 +202,7 @@ def mingru_bwd_kernel(
     h,  # (B, T, C, *S), batch and time strides free
     dgate_hidden,  # (B, T, 2C, *S), dense
     dh0,  # (B, C, *S), dense, or None if h0 is
+    codes,  # (B, T) uint8, dense, or None
     maps,  # (B, chunks, 3, lanes), dense: given, it alone is written, from a gradient of 0; else None
     T: tl.int32,  # at least 1
     chunk_steps: tl.int32,
@@ -180,6 +238,8 @@ def mingru_bwd_kernel(
     h_prev_ptr = h + sample * (h_stride_b * VEC) + (last - 1) * h_stride_t + lane  # not read at step 0
     if dh is not None:
         dh_ptr = dh + sample * (dh_stride_b * VEC) + last * dh_stride_t + lane
+    if codes is not None:
+        code_ptr = codes + (sample * T + last)
 
     if maps is not None:
         kept, lost = tl.full((BLOCK,), 1.0, ACC), tl.zeros((BLOCK,), ACC)
@@ -193,8 +253,11 @@ def mingru_bwd_kernel(
         hiddens = ()
         h_prevs = ()
         dhs = ()
+        steps_codes = ()
         for u in tl.static_range(U):
             gates += (tl.load(gate_ptr - u * gh_stride_t, mask),)
+            if codes is not None:
+                steps_codes += (tl.load(_along(code_ptr, -u)),)
             if maps is None:
                 hiddens += (tl.load(gate_ptr - u * gh_stride_t + half, mask),)
                 h_prevs += (tl.load(h_prev_ptr - u * h_stride_t, mask),)
@@ -204,16 +267,19 @@ def mingru_bwd_kernel(
             if dh is not None:
                 grad += dhs[u].to(ACC)
             nearer, opens = _gate(gates[u], ACC)
+            code = steps_codes[u] if codes is not None else None
             if maps is not None:
-                kept, lost = decay(kept, lost, nearer, opens)
-                grad = _passed(grad, nearer, opens)
+                kept, lost = _decay(kept, lost, nearer, opens, code)
+                grad = _passed(grad, nearer, opens, code)
             else:
-                dgate, dhidden, grad = _step_backward(grad, nearer, opens, hiddens[u], h_prevs[u], ACC)
+                dgate, dhidden, grad = _step_backward(grad, nearer, opens, hiddens[u], h_prevs[u], code, ACC)
                 tl.store(dgate_ptr - u * 2 * lanes, dgate, mask)
                 tl.store(dgate_ptr - u * 2 * lanes + half, dhidden, mask)
         gate_ptr -= U * gh_stride_t
         dgate_ptr -= U * 2 * lanes
         h_prev_ptr -= U * h_stride_t
+        if codes is not None:
+            code_ptr = _along(code_ptr, -U)
         if dh is not None:
             dh_ptr -= U * dh_stride_t
     for _ in range((steps - 1) % U):
@@ -221,12 +287,15 @@ def mingru_bwd_kernel(
             grad += tl.load(dh_ptr, mask).to(ACC)
             dh_ptr -= dh_stride_t
         nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+        code = tl.load(code_ptr) if codes is not None else None
+        if codes is not None:
+            code_ptr = _along(code_ptr, -1)
         if maps is not None:
-            kept, lost = decay(kept, lost, nearer, opens)
-            grad = _passed(grad, nearer, opens)
+            kept, lost = _decay(kept, lost, nearer, opens, code)
+            grad = _passed(grad, nearer, opens, code)
         else:
             hidden, h_prev = tl.load(gate_ptr + half, mask), tl.load(h_prev_ptr, mask)
-            dgate, dhidden, grad = _step_backward(grad, nearer, opens, hidden, h_prev, ACC)
+            dgate, dhidden, grad = _step_backward(grad, nearer, opens, hidden, h_prev, code, ACC)
             tl.store(dgate_ptr, dgate, mask)
             tl.store(dgate_ptr + half, dhidden, mask)
         gate_ptr -= gh_stride_t
@@ -237,9 +306,10 @@ def mingru_bwd_kernel(
     if dh is not None:
         grad += tl.load(dh_ptr, mask).to(ACC)
     nearer, opens = _gate(tl.load(gate_ptr, mask), ACC)
+    code = tl.load(code_ptr) if codes is not None else None
     if maps is not None:
-        kept, lost = decay(kept, lost, nearer, opens)
-        store_map(maps, row, lanes, lane, mask, kept, lost, _passed(grad, nearer, opens))
+        kept, lost = _decay(kept, lost, nearer, opens, code)
+        store_map(maps, row, lanes, lane, mask, kept, lost, _passed(grad, nearer, opens, code))
     else:
         follows_h0 = mask
         if CHUNKED:
@@ -247,10 +317,10 @@ def mingru_bwd_kernel(
         if h0 is not None:
             h_prev = tl.load(h0 + sample * (h0_stride_b * VEC) + lane, follows_h0).to(ACC)
         else:
-            h_prev = tl.full((BLOCK,), 0.5, ACC)
+            h_prev = tl.full((BLOCK,), START, ACC)
         if CHUNKED:
             h_prev = tl.where(first > 0, tl.load(h_prev_ptr, mask & (first > 0)).to(ACC), h_prev)
-        dgate, dhidden, grad = _step_backward(grad, nearer, opens, tl.load(gate_ptr + half, mask), h_prev, ACC)
+        dgate, dhidden, grad = _step_backward(grad, nearer, opens, tl.load(gate_ptr + half, mask), h_prev, code, ACC)
         tl.store(dgate_ptr, dgate, mask)
         tl.store(dgate_ptr + half, dhidden, mask)
         if dh0 is not None:
@@ -263,12 +333,13 @@ def _strides(gate_hidden: Tensor, h0: Tensor | None, lanes: int, channels_last: 
     return half, stride(gate_hidden, 0), stride(gate_hidden, 1), 0 if h0 is None else stride(h0, 0)
 
 
-def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """minGRU over a packed projection; the frame layout of ``gate_hidden`` is kept, any batch and time strides are read.
 
     Args:
         gate_hidden: (B, T, 2C, *S); frames in neither layout are copied to channels first.
         h0: (B, C, *S), or None for the state 1/2.
+        codes: (B, T) uint8, or None for ordinary steps alone.
 
     Returns:
         h (B, T, C, *S) in gate_hidden's dtype and h_n (B, C, *S) in h0's (without h0, gate_hidden's), both dense.
@@ -277,6 +348,7 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
     gate_hidden = to_layout(gate_hidden, 2, channels_last)
     if h0 is not None:
         h0 = to_layout(h0, 1, channels_last)
+    codes = None if codes is None else dense(codes)
     batch, steps, packed, *space = gate_hidden.shape
     frame = (packed // 2, *space)
     h = empty(gate_hidden, (batch, steps, *frame), 2, channels_last, gate_hidden.dtype)
@@ -292,7 +364,7 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
         launch(
             mingru_fwd_kernel,
             gate_hidden if maps is None else maps,
-            (gate_hidden, h0, h, h_n, reduced),
+            (gate_hidden, h0, h, h_n, codes, reduced),
             lanes,
             _strides(gate_hidden, h0, lanes, channels_last),
             (steps, chunk),
@@ -304,13 +376,18 @@ def mingru_fwd(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, T
 
     if maps is not None:
         run(None, maps)
-        h0 = linear_carries(gate_hidden, h0, maps, value=0.5)
+        h0 = linear_carries(gate_hidden, h0, maps, value=START.value, restarts=codes is not None)
     run(h0)
     return h, h_n
 
 
 def mingru_bwd(
-    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    gate_hidden: Tensor,
+    h0: Tensor | None,
+    h: Tensor,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`mingru_fwd`.
 
@@ -320,6 +397,7 @@ def mingru_bwd(
         gate_hidden: as in forward.
         h0: as in forward.
         h: what forward returned.
+        codes: as in forward.
 
     Returns:
         dgate_hidden like gate_hidden, dense, and dh0 like h0, dense (empty, of shape (0,), if h0 is None).
@@ -328,6 +406,7 @@ def mingru_bwd(
     gate_hidden, h = to_layout(gate_hidden, 2, channels_last), to_layout(h, 2, channels_last)
     dh = None if dh is None else to_layout(dh, 2, channels_last)
     dh_n = None if dh_n is None else to_layout(dh_n, 1, channels_last)
+    codes = None if codes is None else dense(codes)
     dgate_hidden = empty(gate_hidden, gate_hidden.shape, 2, channels_last, gate_hidden.dtype)
     if h0 is None:
         dh0 = gate_hidden.new_empty((0,))
@@ -351,7 +430,7 @@ def mingru_bwd(
         launch(
             mingru_bwd_kernel,
             gate_hidden if maps is None else maps,
-            (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0, reduced),
+            (dh, dh_n, gate_hidden, h0, h, dgate_hidden, None if h0 is None else dh0, codes, reduced),
             lanes,
             strides,
             (gate_hidden.shape[1], chunk),
@@ -363,6 +442,6 @@ def mingru_bwd(
 
     if maps is not None:
         run(None, maps)
-        dh_n = linear_carries(gate_hidden, dh_n, maps)
+        dh_n = linear_carries(gate_hidden, dh_n, maps, restarts=codes is not None)
     run(dh_n)
     return dgate_hidden, dh0

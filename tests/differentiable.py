@@ -43,11 +43,23 @@ def _projected(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return lambda x, h0, *recurrent: tuple(f(x, h0, None, *recurrent))
 
 
+def _masked(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """With resets and held frames, apart and together, for (2, 3, ...)."""
+
+    def called(x: Tensor, h0: Tensor) -> tuple[Tensor, ...]:
+        reset = torch.tensor([[False, True, False], [False, False, True]], device=x.device)
+        hold = torch.tensor([[False, False, True], [True, False, True]], device=x.device)
+        return tuple(f(x, h0, reset=reset, hold=hold))
+
+    return called
+
+
 _WEIGHTS = ((6, 1, 2, 3), (4, 2, 3, 1), (2, 2, 1, 2))  # kernels of even and odd sizes
 
 CASES = {
     "mingru": Case(convrnn.mingru, reference.mingru, ((2, 3, 4, 2),)),
     "mingru-h0": Case(convrnn.mingru, reference.mingru, ((2, 3, 4), (2, 2))),
+    "mingru-masks": Case(_masked(convrnn.mingru), _masked(reference.mingru), ((2, 3, 4), (2, 2))),
     "log_scan": Case(_tuple(torch.ops.convrnn.log_scan), _tuple(reference.log_scan), ((2, 3, 2), (2, 4, 2))),
     "parallel_scan_log": Case(
         _tuple(convrnn.parallel_scan_log),

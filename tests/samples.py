@@ -26,6 +26,8 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
             (video, randn(2, 3, 2, 3)),
             (video.movedim(2, -1).contiguous().movedim(-1, 2), randn(2, 3, 2, 3)),
             (randn(4, 2, 6).transpose(0, 1), randn(2, 3)),
+            (video, None, torch.tensor([[0, 1, 2, 3], [2, 2, 1, 0]], dtype=torch.uint8, device=device)),
+            (randn(2, 4, 6), randn(2, 3), torch.tensor([[0, 0, 1, 0]] * 2, dtype=torch.uint8, device=device)),
         ]
     if op == "log_scan":
         return [(randn(2, 4, 3), randn(2, 5, 3)), (randn(4, 2, 3, 2).transpose(0, 1), randn(2, 5, 3, 2))]
@@ -65,7 +67,7 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
         upstream = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else (outputs,))]
         if op == "mingru":
             for given in (upstream, (None, upstream[1]), (upstream[0], None)):
-                samples.append((*given, *arguments, outputs[0]))
+                samples.append((*given, *arguments[:2], outputs[0], *arguments[2:]))
         elif op == "log_scan":
             samples.append((*upstream, *arguments, outputs))
         elif op == "gru_gates":

@@ -148,7 +148,7 @@ def test_vmap_of_the_backward_ops(op, device):
         tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and a.numel()]
         for kept in (None, tensors[0], tensors[-1]):
             chosen = [i for i in tensors if i != kept]
-            stacked = [torch.stack((arguments[i], 0.5 * arguments[i])) for i in chosen]
+            stacked = [torch.stack((arguments[i], (0.5 * arguments[i]).to(arguments[i].dtype))) for i in chosen]
 
             def call(*rows, chosen=chosen, arguments=arguments):
                 full = list(arguments)

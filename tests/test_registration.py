@@ -1,5 +1,7 @@
 """What PyTorch expects of an op: opcheck, fakes, torch.compile, autocast, scripting; for every op."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,12 +13,18 @@ from .samples import backward_samples, forward_samples
 F32 = torch.float32
 
 
+def differentiable(argument):
+    """A leaf, where the argument is a tensor that can have a gradient."""
+    floating = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument.detach().requires_grad_() if floating else argument
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_forward(op, dtype, device):
     overload = getattr(torch.ops.convrnn, op).default
     for arguments in forward_samples(op, device, dtype):
-        grown = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+        grown = [differentiable(a) for a in arguments]
         torch.library.opcheck(overload, tuple(arguments))
         # gradients of 16-bit dtypes differ between eager and traced decompositions by rounding
         utils = None if dtype == F32 else ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -28,7 +36,7 @@ def test_opcheck_backward(op, device):
     overload = getattr(torch.ops.convrnn, f"{op}_backward").default
     for arguments in backward_samples(op, device):
         torch.library.opcheck(overload, arguments)
-        grown = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
+        grown = tuple(differentiable(a) for a in arguments)
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(overload, grown, test_utils=utils)
 
@@ -98,8 +106,18 @@ def test_threads_do_not_change_a_bit(op, device):
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
 
 
+def _mingru(arguments):
+    return convrnn.mingru(*arguments[:2], **_masks(arguments))
+
+
+def _masks(arguments):
+    """The public function's masks for an op's codes."""
+    codes = arguments[2] if len(arguments) > 2 else None
+    return {} if codes is None else {"reset": codes % 2 == 1, "hold": codes >= 2}
+
+
 PUBLIC = {
-    "mingru": lambda a: convrnn.mingru(*a),
+    "mingru": _mingru,
     "log_scan": lambda a: convrnn.parallel_scan_log(*a),
     "gru_gates": lambda a: convrnn.ops.gru_gates(*a),
     "gru_update": lambda a: convrnn.ops.gru_update(*a),
@@ -120,14 +138,13 @@ def test_compile_fullgraph(op, dynamic, device):
     torch._dynamo.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for arguments in forward_samples(op, device):
-        eager = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-        traced = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in eager]
+        eager, traced = ([differentiable(a) for a in copy.deepcopy(arguments)] for _ in range(2))
         expected, got = _loss(PUBLIC[op](eager)), _loss(compiled(traced))
         torch.testing.assert_close(got, expected)
         expected.backward()
         got.backward()
         for a, b in zip(eager, traced, strict=True):
-            if isinstance(a, torch.Tensor):
+            if isinstance(a, torch.Tensor) and a.requires_grad:
                 torch.testing.assert_close(b.grad, a.grad)
 
 
@@ -147,5 +164,6 @@ def test_autocast(dtype, device):
 def test_scripting(op, device, tmp_path):
     scripted = torch.jit.script(getattr(convrnn, op))
     for arguments in forward_samples(op, device):
-        for a, b in zip(scripted(*arguments), getattr(convrnn, op)(*arguments), strict=True):
+        given, masks = (arguments[:2], _masks(arguments)) if op == "mingru" else (arguments, {})
+        for a, b in zip(scripted(*given, **masks), getattr(convrnn, op)(*given, **masks), strict=True):
             assert torch.equal(a, b)

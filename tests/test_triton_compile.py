@@ -30,15 +30,21 @@ def frames(*shape: int, dtype: torch.dtype, arrangement: str = "contiguous", dev
 
 
 def run_mingru(
-    dtype: torch.dtype, arrangement: str, with_h0: bool, steps: int = 5, h0_dtype: torch.dtype | None = None
+    dtype: torch.dtype,
+    arrangement: str,
+    with_h0: bool,
+    steps: int = 5,
+    h0_dtype: torch.dtype | None = None,
+    with_codes: bool = False,
 ) -> None:
     channels, size = (5, 3) if arrangement == "unaligned" else (32, 4)
     gate_hidden = frames(2, steps, 2 * channels, size, size, dtype=dtype, arrangement=arrangement)
     h0 = None
     if with_h0:
         h0 = frames(1, 2, channels, size, size, dtype=h0_dtype or dtype, arrangement=arrangement)[0]
-    h, h_n = mingru.mingru_fwd(gate_hidden, h0)
-    mingru.mingru_bwd(h, h_n, gate_hidden, h0, h)
+    codes = gate_hidden.new_empty((2, steps), dtype=torch.uint8) if with_codes else None
+    h, h_n = mingru.mingru_fwd(gate_hidden, h0, codes)
+    mingru.mingru_bwd(h, h_n, gate_hidden, h0, h, codes)
 
 
 def run_log_scan(dtype: torch.dtype, arrangement: str, steps: int = 5) -> None:
@@ -86,6 +92,21 @@ def test_mingru(arch: int, dtype: torch.dtype, arrangement: str, with_h0: bool) 
     with compiling(arch) as launches:
         run_mingru(dtype, arrangement, with_h0)
     check(launches)
+
+
+@pytest.mark.parametrize("steps", (5, 1000), ids=("whole", "chunks"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_mingru_codes(dtype: torch.dtype, steps: int) -> None:
+    """A byte a step beside the wide accesses, and nothing else."""
+    with compiling(90) as launches:
+        run_mingru(dtype, "channels_last", with_h0=False, steps=steps, with_codes=True)
+    check(launches, aligned=False)
+    wide = {128} if steps == 5 or dtype.itemsize >= 4 else {64, 128}
+    for launch in launches:
+        scan = launch.kernel != "carry_kernel"
+        assert not scan or set(launch.loads + launch.stores) <= {8, *wide}
+        # codes are loaded for each of the steps ahead, behind the loop, and for backward's first step
+        assert launch.loads[8] == (0 if not scan else 5 if "fwd" in launch.kernel else 4), launch.loads
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -29,14 +29,15 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "chunk_steps", lambda lanes, steps, *_: steps)
 
 
-def check_mingru(gate_hidden: Tensor, h0: Tensor | None, seed: int = 0) -> None:
+def check_mingru(gate_hidden: Tensor, h0: Tensor | None, seed: int = 0, codes: Tensor | None = None) -> None:
     dtype = gate_hidden.dtype
     inputs = double(gate_hidden, h0)
-    expected = reference.mingru(*inputs)
+    masks = {} if codes is None else {"reset": codes % 2 == 1, "hold": codes >= 2}
+    expected = reference.mingru(*inputs, **masks)
     with guarded(seed):
-        h, h_n = mingru.mingru_fwd(gate_hidden, h0)
+        h, h_n = mingru.mingru_fwd(gate_hidden, h0, codes)
         dh, dh_n = randn(*h.shape, dtype=dtype, seed=3), randn(*h_n.shape, dtype=h_n.dtype, seed=4)
-        actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h)
+        actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h, codes)
     assert_close(h, expected[0], SCAN, dtype)
     assert_close(h_n, expected[1], SCAN, dtype)
     assert_grads(actual, expected, (dh, dh_n), inputs, SCAN_GRAD, dtype)
@@ -72,6 +73,18 @@ def test_mingru_shapes(dtype: torch.dtype, layout: str, shape: tuple[int, ...]) 
     frame = (shape[2] // 2, *shape[3:])
     h0 = randn(shape[0], *frame, dtype=torch.float32 if dtype.itemsize == 2 else dtype, seed=2)
     check_mingru(arrange(randn(*shape, dtype=dtype, seed=1), layout), h0)
+
+
+@pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
+@pytest.mark.parametrize("chunk", (13, 6, 1))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_mingru_codes(layout: str, chunk: int, with_h0: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample's codes are its own, wherever they lie in memory, and chunks have restarts and holds at either end."""
+    monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
+    gate_hidden = arrange(randn(3, 13, 10, 3, 2, dtype=torch.float32, seed=1), layout)
+    rows = "0123012301231", "2000022000010", "1000011300002"
+    codes = torch.tensor([int(code) for code in "0" + "".join(rows)], dtype=torch.uint8)[1:].view(3, 13)
+    check_mingru(gate_hidden, randn(3, 5, 3, 2, dtype=torch.float32, seed=2) if with_h0 else None, chunk, codes)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 _TUPLES = {1: "a tuple of one", 2: "a pair (height, width)", 3: "a triple (depth, height, width)"}
@@ -119,6 +118,14 @@ def check_input(x: Tensor, layout: str, channels: int) -> None:
         raise ValueError(f"x must be {layout} with {channels} channels at dim 2, got shape {list(x.shape)}")
 
 
+def check_sequence(x: Tensor, layout: str, channels: int) -> bool:
+    """Returns whether ``x`` is one frame of the ``layout``, without S, and raises if it is no sequence either."""
+    if isinstance(x, Tensor) and x.dim() == layout.count(",") and x.shape[1] == channels:
+        return True
+    check_input(x, layout, channels)
+    return False
+
+
 def check_states(h: list[Tensor] | None, count: int) -> None:
     """Raises unless ``h`` is absent or holds ``count`` states."""
     if h is not None:
@@ -150,18 +157,3 @@ def check_clip(x: Tensor, spatial_dims: int, channels: int, batch_first: bool) -
             f"got shape {list(x.shape)}"
         )
     return frame
-
-
-def check_mask(name: str, mask: Tensor | None, expected: list[int], dtype: torch.dtype, x: Tensor) -> None:
-    """Raises unless ``mask`` is absent, or a Tensor of the shape ``expected``: bool, or where ``dtype`` says so integer."""
-    if mask is None:
-        return
-    kind = "a bool" if dtype == torch.bool else "an integer"
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be {kind} Tensor of shape {expected}, got {type(mask).__name__}")
-    if (mask.dtype == torch.bool) != (dtype == torch.bool) or mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"{name} must be {kind} Tensor, got {mask.dtype}")
-    if list(mask.shape) != expected:
-        raise ValueError(f"{name} must have shape {expected}, got {list(mask.shape)}")
-    if dtype == torch.bool and mask.device != x.device:
-        raise ValueError(f"{name} must be on the device of x ({x.device}), got {mask.device}")

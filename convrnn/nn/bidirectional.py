@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
+from ._masks import live_frames, resets_before, reverse, run_packed
 from .gru_rcn import GRU_RCN
+from .mingru import MinGRUBase
 
 __all__ = ["Bidirectional"]
 
@@ -41,6 +44,7 @@ class Bidirectional(nn.Module):
     single_state: Final[bool]
     num_states: Final[int]
     time_dim: Final[int]
+    frame_dims: Final[int]
     if TYPE_CHECKING:  # at run time these are submodules, which TorchScript takes without an annotation
         rnn: Any
         backward_rnn: Any
@@ -55,29 +59,60 @@ class Bidirectional(nn.Module):
                 f"expected {kind}, got {other}"
             )
         self.single_state, self.num_states, self.time_dim = kind
+        self.frame_dims = rnn.layout.count(",") if isinstance(rnn, MinGRUBase) else -1
         self.rnn = rnn
         self.backward_rnn = backward_rnn
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs both directions over the whole sequence.
 
+        With ``lengths``, the backward direction begins at the last frame of each row. With ``reset``, it begins anew on
+        the other side of the cut: at frame t-1, where the forward direction does at t.
+
         Args:
-            x: the sequence, as ``rnn`` takes it.
+            x: the sequence, as ``rnn`` takes it; over minGRU one frame and a PackedSequence too.
             h: initial states of the forward direction, then those of the backward direction, as ``rnn`` takes them
                 (GRU_RCN: [h_fwd, h_bwd]); None for the states of :meth:`init_hidden_state`.
+            lengths: (B,) integers, frames of each row, as ``rnn`` takes them; None over GRU_RCN.
+            reset: (B, L) bool, for one frame (B,), True where a sequence begins, as ``rnn`` takes it; None over GRU_RCN.
 
         Returns:
             out: both outputs joined over the channels (dim 2), in the order of time.
             h_n: final states, ordered as ``h``; the backward ones belong to the first frame.
 
         Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of them.
-            ValueError: ``x``, the number of states or a state's shape does not fit.
+            TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
+            ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
+        if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
+            return run_packed(self, x, h, lengths, reset)
         check_states(h, 2 * self.num_states)
-        out_fwd, h_fwd = self._forward_direction(x, None if h is None else h[: self.num_states])
-        out_bwd, h_bwd = self._backward_direction(x.flip(self.time_dim), None if h is None else h[self.num_states :])
-        return torch.cat((out_fwd, out_bwd.flip(self.time_dim)), dim=2), h_fwd + h_bwd
+        if self.single_state and (lengths is not None or reset is not None):
+            raise ValueError("lengths and reset must be None over GRU_RCN, which has none, got a value")
+        frame = isinstance(x, Tensor) and x.dim() == self.frame_dims
+        if frame:
+            x = x.unsqueeze(1)
+            if isinstance(reset, Tensor):
+                reset = reset.unsqueeze(1)
+        h_fwd = None if h is None else h[: self.num_states]
+        h_bwd = None if h is None else h[self.num_states :]
+        out_fwd, h_fwd = self._forward_direction(x, h_fwd, lengths, reset)
+        if reset is not None:
+            if lengths is not None:
+                reset = reset & live_frames(lengths, x)
+            reset = reverse(resets_before(reset), lengths)
+        if lengths is not None:
+            out_bwd, h_bwd = self._backward_direction(reverse(x, lengths), h_bwd, lengths, reset)
+            out_bwd = reverse(out_bwd, lengths)
+        else:
+            out_bwd, h_bwd = self._backward_direction(x.flip(self.time_dim), h_bwd, lengths, reset)
+            out_bwd = out_bwd.flip(self.time_dim)
+        out = torch.cat((out_fwd, out_bwd), dim=2)
+        if frame:
+            out = out.squeeze(1)
+        return out, h_fwd + h_bwd
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
@@ -89,20 +124,24 @@ class Bidirectional(nn.Module):
         states: list[Tensor] = h_fwd + h_bwd
         return states
 
-    def _forward_direction(self, x: Tensor, h: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    def _forward_direction(
+        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         if self.single_state:
             out, state = self.rnn(x, None if h is None else h[0])
             return out, [state]
-        out, states = self.rnn(x, h)
+        out, states = self.rnn(x, h, lengths=lengths, reset=reset)
         return out, states
 
-    def _backward_direction(self, x: Tensor, h: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    def _backward_direction(
+        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         if self.backward_rnn is None:
-            return self._forward_direction(x, h)
+            return self._forward_direction(x, h, lengths, reset)
         if self.single_state:
             out, state = self.backward_rnn(x, None if h is None else h[0])
             return out, [state]
-        out, states = self.backward_rnn(x, h)
+        out, states = self.backward_rnn(x, h, lengths=lengths, reset=reset)
         return out, states
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops._check import check_floating, check_same_device, check_same_dtype
+from convrnn.ops._check import check_floating, check_mask, check_same_device, check_same_dtype
 
 from ._checks import (
     as_bool,
@@ -20,11 +20,11 @@ from ._checks import (
     as_sizes,
     as_tuples,
     check_clip,
-    check_mask,
     check_shape,
     check_states,
 )
 from ._gru_layer import Convolution, GRULayer, Norm, make_norm
+from ._masks import blank, live_frames, resets_before
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
 
@@ -273,14 +273,13 @@ class ConvGRU(nn.Module):
             check_same_dtype("x", x, "the parameters", layer.W)
         check_states(h, self.num_layers * self.directions)
         batch, steps = x.shape[:2]
-        check_mask("reset", reset, [batch, steps], torch.bool, x)
-        check_mask("lengths", lengths, [batch], torch.int64, x)
+        check_mask("reset", reset, [batch, steps], True, "x", x)
+        check_mask("lengths", lengths, [batch], False, "x", x)
 
         live: Tensor | None = None
         if lengths is not None:
-            live = torch.arange(steps, device=x.device) < lengths.to(x.device).unsqueeze(1)
-            padding = ~live.view(batch, steps, *(1 for _ in x.shape[2:]))
-            x = x.masked_fill(padding, 0.0)  # so that not even a NaN there is read
+            live = live_frames(lengths, x)
+            x = blank(x, live)
             reset = None if reset is None else reset & live
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
@@ -293,15 +292,18 @@ class ConvGRU(nn.Module):
             states.append(h_n)
             if self.directions == 2:
                 back, h_n = self.backward_layers[i](
-                    read.flip(1), given[1], None if live is None else live.flip(1), _cut_backward(reset)
+                    read.flip(1),
+                    given[1],
+                    None if live is None else live.flip(1),
+                    None if reset is None else resets_before(reset).flip(1),
                 )
                 states.append(h_n)
                 out = torch.cat((out, back.flip(1)), 2)
             if len(self.res_aligns) > 0:
                 out = out + self.res_aligns[i](frames).unflatten(0, x.shape[:2])
             x = out
-        if lengths is not None:
-            x = x.masked_fill(padding, 0.0)
+        if live is not None:
+            x = blank(x, live)
         if frame:
             return x.squeeze(1), states
         return x if self.batch_first else x.transpose(0, 1), states
@@ -347,13 +349,6 @@ class ConvGRU(nn.Module):
         return ", ".join(
             [f"{self.input_size}, hidden_sizes={self.hidden_sizes}, kernel_sizes={self.kernel_sizes}", *described]
         )
-
-
-def _cut_backward(reset: Tensor | None) -> Tensor | None:
-    """Cuts as the backward direction meets them: frame t-1 begins anew where frame t does in the forward direction."""
-    if reset is None:
-        return None
-    return F.pad(reset[:, 1:], (0, 1)).flip(1)
 
 
 class _ResAlign(nn.Module):

@@ -1,13 +1,11 @@
 """Convolutional minGRU: a convolution per frame and the scan over time; one layer, or several stacked."""
 
-from typing import Final
-
 import torch
 from torch import Tensor, nn
 
-from ._checks import as_int, as_pair, as_pairs, as_probability, as_sizes, check_input, check_states
+from ._checks import as_int, as_pair, as_pairs, as_probability, as_sizes, check_sequence
 from ._gru_layer import make_norm
-from .mingru import MinGRULayer, MinGRUStack, scan, zero_states
+from .mingru import MinGRUBase, MinGRULayer, MinGRUStack, scan, zero_states
 
 __all__ = ["MinConv2dGRU", "MinConv2dGRUCell"]
 
@@ -36,7 +34,7 @@ def keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[
     return stride == (1, 1) and all(2 * p == k - 1 for k, p in zip(kernel, padding, strict=True))
 
 
-class MinConv2dGRUCell(nn.Module):
+class MinConv2dGRUCell(MinGRUBase):
     """z = s(gate), h' = (1-z).h + z.g(hidden) with [gate, hidden] = Conv2d(x): one convolutional minGRU layer.
 
     s is the logistic function; g(v) = v + 1/2 for v >= 0 and s(v) otherwise. z near 1 takes the candidate g(hidden), z
@@ -68,9 +66,6 @@ class MinConv2dGRUCell(nn.Module):
         (torch.Size([2, 4, 8, 3, 3]), torch.Size([2, 1, 8, 3, 3]))
     """
 
-    layer_sizes: Final[tuple[int, ...]]
-    num_layers: Final[int]
-
     def __init__(
         self,
         input_size: int,
@@ -83,9 +78,8 @@ class MinConv2dGRUCell(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = (as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1))
-        self.num_layers = 1
+        sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
+        super().__init__("(B, S, input_size, H, W)", sizes)
         self.kernel_size = as_pair("kernel_size", kernel_size, 1)
         self.stride = as_pair("stride", stride, 1)
         self.padding = as_pair("padding", padding, 0)
@@ -100,34 +94,18 @@ class MinConv2dGRUCell(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Runs h' = (1-z).h + z.g(hidden) over the frames.
-
-        Args:
-            x: frames (B, S, input_size, H, W); float.
-            h: list of the one initial state (B, 1, hidden_size, H', W'), or None for the 'zero' state g(0) = 1/2.
-
-        Returns:
-            out: the state after each frame, (B, S, hidden_size, H', W').
-            h_n: list of the one state after the last frame, (B, 1, hidden_size, H', W').
-
-        Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of them.
-            ValueError: ``x``, the number of states or the state's shape does not fit.
-        """
-        check_input(x, "(B, S, input_size, H, W)", self.layer_sizes[0])
-        check_states(h, 1)
+    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         gate_hidden = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        out, h_n = scan(gate_hidden, None if h is None else h[0], 0)
+        out, h_n = scan(gate_hidden, None if h is None else h[0], 0, codes)
         return out, [h_n]
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden, H', W')], of x's dtype and device."""
-        check_input(x, "(B, S, input_size, H, W)", self.layer_sizes[0])
+        check_sequence(x, self.layout, self.layer_sizes[0])
         return zero_states(
             x,
-            state_shapes(list(x.shape[3:]), [self.layer_sizes[1]], [self.kernel_size], [self.stride], [self.padding]),
+            state_shapes(list(x.shape[-2:]), [self.layer_sizes[1]], [self.kernel_size], [self.stride], [self.padding]),
         )
 
 
@@ -217,7 +195,7 @@ class MinConv2dGRU(MinGRUStack):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for: 1/2 in (B, 1, hidden_i, H_i, W_i), of x's dtype and device."""
-        check_input(x, self.layout, self.layer_sizes[0])
+        check_sequence(x, self.layout, self.layer_sizes[0])
         return zero_states(
-            x, state_shapes(list(x.shape[3:]), self.hidden_sizes, self.kernel_sizes, self.strides, self.paddings)
+            x, state_shapes(list(x.shape[-2:]), self.hidden_sizes, self.kernel_sizes, self.strides, self.paddings)
         )

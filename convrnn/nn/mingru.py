@@ -1,26 +1,29 @@
 """minGRU: a linear projection per time step and the scan over time; one layer, or several stacked."""
 
 import itertools
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from convrnn.ops import mingru
+from convrnn.ops._check import check_mask
+from convrnn.ops.mingru import coded_mingru, encode
 
-from ._checks import as_int, as_probability, as_sizes, check_input, check_shape, check_states
+from ._checks import as_int, as_probability, as_sizes, check_sequence, check_shape, check_states
+from ._masks import blank, live_frames, run_packed
 
 __all__ = ["MinGRU", "MinGRUCell"]
 
 
-def scan(gate_hidden: Tensor, h: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+def scan(gate_hidden: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Runs minGRU over (B, T, 2C, *S) from the state h (B, 1, C, *S) of layer i; None is the 'zero' state."""
     if h is not None:
         shape = list(gate_hidden.shape)
         check_shape(f"h[{i}]", h, [shape[0], 1, shape[2] // 2] + shape[3:])
         h = h.squeeze(1)
-    out, h_n = mingru(gate_hidden, h)
+    out, h_n = coded_mingru(gate_hidden, h, codes)
     return out, h_n.unsqueeze(1)
 
 
@@ -41,55 +44,112 @@ class MinGRULayer(nn.Module):
         self.gate_hidden = gate_hidden
         self.res_align = res_align
 
-    def forward(self, x: Tensor, h: Tensor | None, i: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
         frames = x.flatten(0, 1)
-        out, h_n = scan(self.gate_hidden(self.norm(frames)).unflatten(0, x.shape[:2]), h, i)
+        out, h_n = scan(self.gate_hidden(self.norm(frames)).unflatten(0, x.shape[:2]), h, i, codes)
         if self.res_align is not None:
             # Added frame by frame: the sum of two (B, T, ...) views would tie torch.export to one T.
             out = (out.flatten(0, 1) + self.res_align(frames)).unflatten(0, x.shape[:2])
         return out, h_n
 
 
-class MinGRUStack(nn.Module):
-    """Layer after layer, dropout between them: what MinGRU and MinConv2dGRU have in common."""
+class MinGRUBase(nn.Module):
+    """What layers and cells of the family do with frames, lengths and resets around ``run``, their pass over a sequence."""
 
     layer_sizes: Final[tuple[int, ...]]
     num_layers: Final[int]
-    hidden_sizes: list[int]
+    if TYPE_CHECKING:
+        run: Any
 
-    def __init__(self, layout: str, sizes: list[int], layers: list[MinGRULayer], dropout: float) -> None:
+    def __init__(self, layout: str, sizes: list[int]) -> None:
         super().__init__()
         self.layout = layout
         self.layer_sizes = tuple(sizes)
+        self.num_layers = len(sizes) - 1
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs every layer over the whole sequence, or over one frame.
+
+        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
+        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
+
+        Args:
+            x: sequence (B, S, input_size), over images (B, S, input_size, H, W), or one frame of it, without S; float.
+                A PackedSequence of such frames gives a PackedSequence.
+            h: initial state of each layer, a list of (B, 1, hidden_i), over images (B, 1, hidden_i, H_i, W_i); None for
+                the 'zero' state g(0) = 1/2.
+            lengths: (B,) integers, frames of each row; values outside of 0..S act as the nearest of them.
+            reset: (B, S) bool, for one frame (B,), True where the state becomes the 'zero' state before the frame is
+                read.
+
+        Returns:
+            out: output of the last layer, (B, S, hidden) or (B, S, hidden, H', W'), without S for one frame; zero
+                behind a row's end.
+            h_n: state of each layer after the last frame of each row, before its residual is added, shaped as ``h``.
+
+        Raises:
+            TypeError: an argument is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
+            ValueError: a shape, the number of states or a mask's device does not fit, or a PackedSequence has
+                ``lengths`` beside it.
+        """
+        if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
+            return run_packed(self, x, h, lengths, reset)
+        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        if frame:
+            x = x.unsqueeze(1)
+            if isinstance(reset, Tensor):
+                reset = reset.unsqueeze(1)
+        check_states(h, self.num_layers)
+        check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
+        check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+        live: Tensor | None = None
+        hold: Tensor | None = None
+        if lengths is not None:
+            live = live_frames(lengths, x)
+            hold = ~live
+            x = blank(x, live)
+            if reset is not None:
+                reset = reset & live
+        out, states = self.run(x, h, encode(reset, hold))
+        if live is not None:
+            out = blank(out, live)
+        if frame:
+            out = out.squeeze(1)
+        return out, states
+
+    def step(
+        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs one frame, (B, input_size) or (B, input_size, H, W); what :meth:`forward` does with it, and refuses a clip.
+
+        Raises:
+            ValueError: ``x`` is a sequence.
+        """
+        if isinstance(x, Tensor) and x.dim() != self.layout.count(","):
+            raise ValueError(f"x must be one frame {self.layout.replace('S, ', '')}, got shape {list(x.shape)}")
+        return self(x, h, reset=reset)
+
+
+class MinGRUStack(MinGRUBase):
+    """Layer after layer, dropout between them: what MinGRU and MinConv2dGRU have in common."""
+
+    hidden_sizes: list[int]
+
+    def __init__(self, layout: str, sizes: list[int], layers: list[MinGRULayer], dropout: float) -> None:
+        super().__init__(layout, sizes)
         self.hidden_sizes = sizes[1:]
-        self.num_layers = len(layers)
         self.dropout = dropout
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Runs every layer over the whole sequence.
-
-        Args:
-            x: sequence (B, S, input_size), for MinConv2dGRU (B, S, input_size, H, W); float.
-            h: initial state of each layer, a list of (B, 1, hidden_i), for MinConv2dGRU (B, 1, hidden_i, H_i, W_i);
-                None for the 'zero' state g(0) = 1/2.
-
-        Returns:
-            out: output of the last layer, (B, S, hidden) or (B, S, hidden, H', W').
-            h_n: state of each layer after the last step, before its residual is added, shaped as ``h``.
-
-        Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of them.
-            ValueError: ``x``, the number of states or a state's shape does not fit.
-        """
-        check_input(x, self.layout, self.layer_sizes[0])
-        check_states(h, self.num_layers)
+    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):
             if i > 0:
                 out = F.dropout(out, self.dropout, self.training)
-            out, state = layer(out, None if h is None else h[i], i)
+            out, state = layer(out, None if h is None else h[i], i, codes)
             states.append(state)
         return out, states
 
@@ -98,7 +158,7 @@ class MinGRUStack(nn.Module):
         return f"{self.layer_sizes[0]}, hidden_sizes={self.hidden_sizes}, dropout={self.dropout}, residual={residual}"
 
 
-class MinGRUCell(nn.Module):
+class MinGRUCell(MinGRUBase):
     """z = s(gate), h' = (1-z).h + z.g(hidden) with [gate, hidden] = Linear(x): one minGRU layer over a sequence.
 
     s is the logistic function; g(v) = v + 1/2 for v >= 0 and s(v) otherwise. z near 1 takes the candidate g(hidden), z
@@ -127,9 +187,6 @@ class MinGRUCell(nn.Module):
         (torch.Size([2, 1, 8]), torch.Size([2, 1, 8]))
     """
 
-    layer_sizes: Final[tuple[int, ...]]
-    num_layers: Final[int]
-
     def __init__(
         self,
         input_size: int,
@@ -139,37 +196,20 @@ class MinGRUCell(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = (as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1))
-        self.num_layers = 1
+        sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
+        super().__init__("(B, S, input_size)", sizes)
         self.to_gate_hidden = nn.Linear(
             self.layer_sizes[0], 2 * self.layer_sizes[1], bias=bias, device=device, dtype=dtype
         )
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Runs h' = (1-z).h + z.g(hidden) over the sequence.
-
-        Args:
-            x: sequence (B, S, input_size); float.
-            h: list of the one initial state (B, 1, hidden_size), or None for the 'zero' state g(0) = 1/2.
-
-        Returns:
-            out: the state after each step, (B, S, hidden_size).
-            h_n: list of the one state after the last step, (B, 1, hidden_size).
-
-        Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of them.
-            ValueError: ``x``, the number of states or the state's shape does not fit.
-        """
-        check_input(x, "(B, S, input_size)", self.layer_sizes[0])
-        check_states(h, 1)
-        out, h_n = scan(self.to_gate_hidden(x), None if h is None else h[0], 0)
+    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        out, h_n = scan(self.to_gate_hidden(x), None if h is None else h[0], 0, codes)
         return out, [h_n]
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden_size)], of x's dtype and device."""
-        check_input(x, "(B, S, input_size)", self.layer_sizes[0])
+        check_sequence(x, self.layout, self.layer_sizes[0])
         return zero_states(x, [[self.layer_sizes[1]]])
 
 
@@ -236,5 +276,5 @@ class MinGRU(MinGRUStack):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for: 1/2 in (B, 1, hidden_i), of x's dtype and device."""
-        check_input(x, self.layout, self.layer_sizes[0])
+        check_sequence(x, self.layout, self.layer_sizes[0])
         return zero_states(x, [[size] for size in self.hidden_sizes])

@@ -44,9 +44,10 @@ class Formulas(NamedTuple):
 class Forward(NamedTuple):
     """The op F as :func:`register_backward_op` needs it; ``jvp`` computes F itself on the way."""
 
-    jvp: Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]  # (p, u) -> J(p) u
+    jvp: Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]  # (p, u) -> J(p) u; p ends with the constants
     cotangents: tuple[int, ...]  # where the backward op takes v
     primals: tuple[int, ...]  # where it takes p; its outputs come in the same order
+    constants: tuple[int, ...] = ()  # where it takes the last inputs of F, of which there is no derivative
     returned: tuple[int, ...] = ()  # where it takes what F returned, as far as ``restore`` reads it
     restore: Callable[[list[Maybe], Sequence[Maybe]], list[Maybe]] | None = None
     """(p as the backward op got it, what F returned) -> p, where the backward op was given less than p."""
@@ -162,9 +163,13 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
         return [inputs[i] for i in forward.cotangents], p
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-        used = {*forward.cotangents, *forward.primals, *forward.returned}
+        used = {*forward.cotangents, *forward.primals, *forward.constants, *forward.returned}
         ctx.save_for_backward(*(x if i in used else None for i, x in enumerate(inputs)))
         ctx.set_materialize_grads(False)
+
+    def jvp_at(inputs: Sequence[Any]) -> Callable[[Sequence[Maybe], Sequence[Maybe]], Tensors]:
+        constants = [inputs[i] for i in forward.constants]
+        return lambda primals, directions: forward.jvp((*primals, *constants), directions)
 
     def directions_of(primals: Sequence[Maybe], given: Sequence[Maybe]) -> list[Maybe]:
         # outputs that were not wanted have no elements, and neither have their gradients
@@ -179,7 +184,7 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
         if any(x is not None for x in u):
             v, p = taken(saved)
             wanted = [ctx.needs_input_grad[i] if i < len(ctx.needs_input_grad) else False for i in forward.primals]
-            dv, dp = second_order(forward.jvp, p, u, v, wanted)
+            dv, dp = second_order(jvp_at(saved), p, u, v, wanted)
             for i, gradient in zip((*forward.cotangents, *forward.primals), (*dv, *dp), strict=True):
                 found[i] = gradient
         return tuple(found)
@@ -195,7 +200,7 @@ def register_backward_op(name: str, forward: Forward, vmap: Vmap) -> None:
             terms.append(op(*replaced))
         if any(x is not None for x in dp) and any(x is not None for x in v):
             wanted = [x is not None and y is not None and x.shape == y.shape for x, y in zip(p, outputs, strict=True)]
-            terms.append(second_order(forward.jvp, p, dp, v, wanted)[1])
+            terms.append(second_order(jvp_at(inputs), p, dp, v, wanted)[1])
         return tuple(None if y is None else _sum([term[i] for term in terms], y) for i, y in enumerate(outputs))
 
     register(name, Formulas(setup_context, backward, jvp, vmap))

@@ -35,3 +35,21 @@ def check_same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> N
     """ValueError unless the two tensors live on one device."""
     if x.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {x.device}")
+
+
+def check_mask(
+    name: str, mask: Tensor | None, expected: list[int], flags: bool, other_name: str, other: Tensor
+) -> None:
+    """Raises unless ``mask`` is absent, or a Tensor of the shape ``expected``: bool on the device of ``other`` where it
+    holds ``flags``, else integers, on any device."""
+    if mask is None:
+        return
+    kind = "a bool" if flags else "an integer"
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be {kind} Tensor of shape {expected}, got {type(mask).__name__}")
+    if (mask.dtype == torch.bool) != flags or mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{name} must be {kind} Tensor, got {mask.dtype}")
+    if list(mask.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {list(mask.shape)}")
+    if flags:
+        check_same_device(name, mask, other_name, other)

@@ -351,5 +351,7 @@ register_autocast("gru_rcn", _autocast)
 register_autocast("gru_rcn_backward", _autocast_backward)
 register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap, _setup_reverse))
 register_backward_op(
-    "gru_rcn_backward", Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), (7, 8), restore), _vmap_backward
+    "gru_rcn_backward",
+    Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), returned=(7, 8), restore=restore),
+    _vmap_backward,
 )

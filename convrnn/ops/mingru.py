@@ -8,16 +8,24 @@ from torch import Tensor
 
 from ..kernels import layout
 from ._autograd import Formulas, Forward, fold, register, register_backward_op
-from ._check import check_floating, check_same_device, check_same_dtype, check_shape
+from ._check import check_floating, check_mask, check_same_device, check_same_dtype, check_shape
 from ._library import register_triton
 
+# Bits of a frame's code, as the kernels have them.
+RESTART, HOLD = 1, 2
 
-def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+def mingru(
+    gate_hidden: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, hold: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """h_t = (1 - z_t) . h_{t-1} + z_t . g(hidden_t) with z_t = sigmoid(gate_t), for all t in one pass.
 
     g(x) = x + 1/2 for x >= 0 and sigmoid(x) otherwise; z is the share of the candidate. Arithmetic and state are fp32
     (fp64 for float64) whatever the dtype of the tensors, so that one call, several calls on pieces of T, and one call
-    a step agree. Saved for backward: the two inputs and ``h``.
+    a step agree. Saved for backward: the inputs and ``h``.
+
+    Where ``reset``, h_{t-1} is 1/2 instead, and where ``hold``, h_t = h_{t-1}; where both, h_t = 1/2. What is forgotten
+    and what is held out of the recurrence has no influence, be it NaN, and gets no gradient.
 
     Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms. A second
     derivative, or a tangent, is scans again: the tangent runs one more, a double backward two and two of their
@@ -29,13 +37,16 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
             channels last are read in place.
         h0: (B, C, *S), the state before the first step, of any of these dtypes. None is minGRU's 'zero' state,
             g(0) = 1/2 everywhere.
+        reset: (B, T) bool, True where a sequence begins: the state before the frame is forgotten, for the one that None
+            as h0 stands for.
+        hold: (B, T) bool, True where the state passes a frame as it is, as in the padding of a batch.
 
     Returns:
         ``h`` (B, T, C, *S) in the dtype and frame layout of ``gate_hidden``, and ``h_n`` (B, C, *S), the state after
         the last step in the dtype of ``h0`` (of ``gate_hidden`` where there is none).
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
+        TypeError: an argument is no floating-point tensor, a mask no bool one.
         ValueError: a shape or device does not fit.
 
     Source: Feng et al. 2024, arXiv 2410.01201; over frames, Heindl 2024.
@@ -46,8 +57,28 @@ def mingru(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tenso
         (torch.Size([2, 5, 3]), torch.Size([2, 3]))
     """
     _check(gate_hidden, h0)
-    h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0)
+    frames = list(gate_hidden.shape[:2])
+    check_mask("reset", reset, frames, True, "gate_hidden", gate_hidden)
+    check_mask("hold", hold, frames, True, "gate_hidden", gate_hidden)
+    return coded_mingru(gate_hidden, h0, encode(reset, hold))
+
+
+def coded_mingru(gate_hidden: Tensor, h0: Tensor | None, codes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`mingru` for masks that :func:`encode` has read already."""
+    _check(gate_hidden, h0, codes)
+    h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0, codes)
     return h, h_n
+
+
+def encode(reset: Tensor | None, hold: Tensor | None) -> Tensor | None:
+    """Returns the codes (B, T) uint8 of two masks: RESTART, HOLD, their sum or 0; None without a mask."""
+    codes: Tensor | None = None
+    if reset is not None:
+        codes = reset.to(torch.uint8)
+    if hold is not None:
+        held = hold.to(torch.uint8) * 2
+        codes = held if codes is None else codes + held
+    return codes
 
 
 def mingru_gate_hidden(gate: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
@@ -84,12 +115,17 @@ def mingru_gate_hidden(gate: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
     return mingru(torch.cat((gate, hidden), dim=2), h.squeeze(1))[0]
 
 
-def _check(gate_hidden: Tensor, h0: Tensor | None) -> None:
+def _check(gate_hidden: Tensor, h0: Tensor | None, codes: Tensor | None = None) -> None:
     check_floating("gate_hidden", gate_hidden)
     if gate_hidden.dim() < 3 or gate_hidden.shape[2] % 2 != 0:
         raise ValueError(f"gate_hidden must be (B, T, 2*C, *S), got {list(gate_hidden.shape)}")
     if h0 is not None:
         _check_state("h0", h0, gate_hidden)
+    if codes is not None:
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"codes must be uint8, got {codes.dtype}")
+        check_same_device("codes", codes, "gate_hidden", gate_hidden)
+        check_shape("codes", codes, "(B, T)", list(gate_hidden.shape[:2]))
 
 
 def _check_state(name: str, h: Tensor, gate_hidden: Tensor) -> None:
@@ -99,8 +135,15 @@ def _check_state(name: str, h: Tensor, gate_hidden: Tensor) -> None:
     check_shape(name, h, "(B, C, *S)", shape)
 
 
-def _check_backward(dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor) -> None:
-    _check(gate_hidden, h0)
+def _check_backward(
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    gate_hidden: Tensor,
+    h0: Tensor | None,
+    h: Tensor,
+    codes: Tensor | None = None,
+) -> None:
+    _check(gate_hidden, h0, codes)
     if dh_n is not None:
         _check_state("dh_n", dh_n, gate_hidden)
     shape = [*gate_hidden.shape[:2], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:]]
@@ -117,8 +160,8 @@ def _state_like(gate_hidden: Tensor, h0: Tensor | None, channels_last: bool) -> 
 
 
 @torch.library.register_fake("convrnn::mingru")
-def _(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check(gate_hidden, h0)
+def _(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(gate_hidden, h0, codes)
     channels_last = layout.is_channels_last(gate_hidden, 2)
     shape = (*gate_hidden.shape[:2], gate_hidden.shape[2] // 2, *gate_hidden.shape[3:])
     h = layout.empty(gate_hidden, shape, 2, channels_last, gate_hidden.dtype)
@@ -127,45 +170,55 @@ def _(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("convrnn::mingru_backward")
 def _(
-    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    gate_hidden: Tensor,
+    h0: Tensor | None,
+    h: Tensor,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(dh, dh_n, gate_hidden, h0, h)
+    _check_backward(dh, dh_n, gate_hidden, h0, h, codes)
     channels_last = layout.is_channels_last(gate_hidden, 2)
     dgate_hidden = layout.empty(gate_hidden, gate_hidden.shape, 2, channels_last, gate_hidden.dtype)
     return dgate_hidden, gate_hidden.new_empty(0) if h0 is None else _state_like(gate_hidden, h0, channels_last)
 
 
-def _triton(gate_hidden: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _triton(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from ..kernels.mingru import mingru_fwd
 
-    _check(gate_hidden, h0)
-    return mingru_fwd(gate_hidden, h0)
+    _check(gate_hidden, h0, codes)
+    return mingru_fwd(gate_hidden, h0, codes)
 
 
 def _triton_backward(
-    dh: Tensor | None, dh_n: Tensor | None, gate_hidden: Tensor, h0: Tensor | None, h: Tensor
+    dh: Tensor | None,
+    dh_n: Tensor | None,
+    gate_hidden: Tensor,
+    h0: Tensor | None,
+    h: Tensor,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels.mingru import mingru_bwd
 
-    _check_backward(dh, dh_n, gate_hidden, h0, h)
-    return mingru_bwd(dh, dh_n, gate_hidden, h0, h)
+    _check_backward(dh, dh_n, gate_hidden, h0, h, codes)
+    return mingru_bwd(dh, dh_n, gate_hidden, h0, h, codes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gate_hidden, h0 = inputs
-    ctx.save_for_backward(gate_hidden, h0, output[0])
+    gate_hidden, h0, codes = inputs
+    ctx.save_for_backward(gate_hidden, h0, output[0], codes)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
     if dh is None and dh_n is None:
-        return None, None
-    gate_hidden, h0, h = ctx.saved_tensors
-    dgate_hidden, dh0 = torch.ops.convrnn.mingru_backward(dh, dh_n, gate_hidden, h0, h)
-    return dgate_hidden, None if h0 is None else dh0
+        return None, None, None
+    gate_hidden, h0, h, codes = ctx.saved_tensors
+    dgate_hidden, dh0 = torch.ops.convrnn.mingru_backward(dh, dh_n, gate_hidden, h0, h, codes)
+    return dgate_hidden, None if h0 is None else dh0, None
 
 
-def affine_scan(gate: Tensor, w: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def affine_scan(gate: Tensor, w: Tensor, first: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """d_t = (1 - z_t) . d_{t-1} + z_t . w_t with z = sigmoid(gate) from d_0 = ``first``, for w of any sign.
 
     g is the identity plus 1/2 where its argument is not negative. The step is a weighted mean, so it commutes with a
@@ -175,26 +228,43 @@ def affine_scan(gate: Tensor, w: Tensor, first: Tensor) -> tuple[Tensor, Tensor]
     Args:
         gate, w: (B, T, C, *S).
         first: (B, C, *S).
+        codes: (B, T) uint8, as those of minGRU, but for restarts, from 0. w of a frame that is held must be 0.
 
     Returns:
         d (B, T, C, *S) and the last d.
     """
-    scale = first.detach().abs().unsqueeze(1)
+    scale, sizes = first.detach().abs().unsqueeze(1), w.detach().abs()
+    if codes is not None:
+        # minGRU restarts from 1/2, which no shift makes 0 beside g: with z = 1 a frame forgets that, and takes z w
+        restart = has_bit(codes, RESTART, w)
+        w = torch.where(restart, torch.sigmoid(gate) * w, w)
+        gate = torch.where(restart, float("inf"), gate)
+        codes = torch.where((codes & RESTART) != 0, RESTART, codes).to(torch.uint8)
+        scale, sizes = (x.nan_to_num(0.0, 0.0, 0.0) for x in (scale, sizes))  # a NaN ends where its sequence does
     if w.shape[1] > 0:
-        scale = torch.maximum(scale, w.detach().abs().amax(1, keepdim=True))
+        scale = torch.maximum(scale, sizes.amax(1, keepdim=True))
     scale = torch.where(scale == 0, 1.0, scale)
     packed = torch.cat((gate, w / scale + 1.5), 2)
-    d, d_n = torch.ops.convrnn.mingru(packed, first / scale.squeeze(1) + 2)
+    d, d_n = torch.ops.convrnn.mingru(packed, first / scale.squeeze(1) + 2, codes)
     return (d - 2) * scale, (d_n - 2) * scale.squeeze(1)
+
+
+def has_bit(codes: Tensor, bit: int, like: Tensor) -> Tensor:
+    """Where codes (B, T) have a bit, (B, T, 1, ...) with the dimensions of ``like``."""
+    return ((codes & bit) != 0).view(codes.shape + (1,) * (like.dim() - 2))
 
 
 def _jvp(
     inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """dh_t = (1 - z_t) . dh_{t-1} + z_t . [(1 - z_t) . dgate_t . (g_t - h_{t-1}) + g'(hidden_t) . dhidden_t]."""
-    gate_hidden, h0 = inputs
-    (out, h_n), (dgate_hidden, dh0) = outputs, tangents
+    gate_hidden, h0, codes = inputs
+    (out, h_n), (dgate_hidden, dh0) = outputs, tangents[:2]
     assert out is not None and h_n is not None
+    if codes is not None:
+        held = has_bit(codes, HOLD, gate_hidden)
+        gate_hidden = gate_hidden.masked_fill(held, 0.0)
+        dgate_hidden = None if dgate_hidden is None else dgate_hidden.masked_fill(held, 0.0)
     dtype = layout.state_dtype(gate_hidden)
     gate, hidden = gate_hidden.to(dtype).chunk(2, dim=2)
     start = torch.full_like(h_n, 0.5, dtype=dtype) if h0 is None else h0.to(dtype)
@@ -207,8 +277,10 @@ def _jvp(
         g = torch.where(hidden >= 0, hidden + 0.5, small)
         slope = torch.where(hidden >= 0, 1.0, small * (1 - small))
         h_prev = torch.cat((start.unsqueeze(1), out.to(dtype)), 1)[:, : gate.shape[1]]
+        if codes is not None:
+            h_prev = h_prev.masked_fill(has_bit(codes, RESTART, h_prev), 0.5)
         w = torch.sigmoid(-gate) * dgate * (g - h_prev) + slope * dhidden
-    dh, dh_n = affine_scan(gate, w, first)
+    dh, dh_n = affine_scan(gate, w, first, codes)
     return dh.to(gate_hidden.dtype), dh_n.to(gate_hidden.dtype if h0 is None else h0.dtype)
 
 
@@ -221,4 +293,6 @@ def _forward_and_jvp(
 register_triton("mingru", _triton)
 register_triton("mingru_backward", _triton_backward)
 register("mingru", Formulas(_setup_context, _backward, _jvp, fold("mingru")))
-register_backward_op("mingru_backward", Forward(_forward_and_jvp, (0, 1), (2, 3)), fold("mingru_backward"))
+register_backward_op(
+    "mingru_backward", Forward(_forward_and_jvp, (0, 1), (2, 3), constants=(5,)), fold("mingru_backward")
+)

@@ -62,6 +62,18 @@ struct Carry {
     std::copy_n(from.decay_low, n, decay_low);
   }
 
+  // All of the carry is `start` from here on, and nothing is left of what the walk began with.
+  void restart(int64_t n, A start) const {
+    std::fill_n(value, n, start);
+    std::fill_n(low, n, A(0));
+    std::fill_n(decay, n, A(0));
+    std::fill_n(decay_low, n, A(0));
+  }
+  // Marks the end of a chunk that restarted: unlike a decay that vanished, this keeps out a carry of NaN too.
+  void cut(int64_t n) const {
+    std::fill_n(decay, n, A(-1));
+  }
+
   // decay *= 1 - tail, or *= tail, without the rounding error of 1 - tail.
   CONVRNN_INLINE void track(int64_t i, A tail, bool keeps_tail) const {
     const A p = decay[i], p_low = decay_low[i];
@@ -103,7 +115,9 @@ struct Carry {
   void combine(const Carry& before, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
       const A carry = before.value[i], lost = (A(1) - decay[i]) - decay_low[i];
-      value[i] = decay[i] >= A(0.5) ? carry + (value[i] - lost * carry) : value[i] + (decay[i] + decay_low[i]) * carry;
+      const A end = decay[i] >= A(0.5) ? carry + (value[i] - lost * carry)
+                                       : value[i] + (decay[i] + decay_low[i]) * carry;
+      value[i] = decay[i] < A(0) ? value[i] : end;
     }
   }
 };

@@ -3,6 +3,9 @@
 // A lane is one element of a state (C, *S). A block of lanes runs through all of T, or through a chunk of it where
 // lanes are few (carry.h), with its state in L1; threads share blocks and chunks. Forward reads 2 and writes 1 element
 // per output; backward reads 4 and writes 2: z and g are recomputed.
+//
+// Codes, one for each frame of a sample and so for all lanes of a block, are looked at once a step: a restart sets the
+// carry, a hold passes it on without reading the frame.
 // Source: Feng et al. 2024, arXiv 2410.01201.
 
 #include <algorithm>
@@ -13,6 +16,11 @@
 
 namespace convrnn {
 namespace {
+
+// Bits of a code.
+constexpr uint8_t kRestart = 1;  // the state before this frame is forgotten: it begins from kStart
+constexpr uint8_t kHold = 2;     // the state, restarted or not, passes this frame as it is
+constexpr double kStart = 0.5;   // g(0)
 
 // Lanes of one frame. Channels first, gates and hidden values are two runs of C*S lanes; channels last, each pixel has
 // a run of C gates and then C hidden values. Either way hidden = gate + run, and states are dense in lane order.
@@ -72,11 +80,21 @@ struct Walk {
   int64_t steps, n, groups, run;
   const T* gate;
   int64_t gate_step;
-  int64_t ahead;  // steps to prefetch
+  int64_t ahead;         // steps to prefetch
+  const uint8_t* codes;  // or null
+  int64_t code_step;
 
-  Walk(const Frame& f, const Block& block, int64_t steps, const T* gate, int64_t gate_step)
+  Walk(const Frame& f, const Block& block, int64_t steps, const T* gate, int64_t gate_step, const uint8_t* codes,
+       int64_t code_step)
       : steps(steps), n(block.n), groups(block.groups), run(f.run), gate(gate + block.gate), gate_step(gate_step),
-        ahead(prefetch_steps(f.lanes)) {}
+        ahead(prefetch_steps(f.lanes)), codes(codes), code_step(code_step) {}
+
+  int64_t lanes() const {
+    return n * groups;
+  }
+  CONVRNN_INLINE uint8_t code(int64_t t) const {
+    return codes == nullptr ? 0 : codes[t * code_step];
+  }
 };
 
 template <class T>
@@ -118,9 +136,24 @@ struct Forward {
   }
 
   static CONVRNN_INLINE void run(Walk<T> w, T* h, int64_t h_step, Carry<A> carry, Pass pass, Carry<A> began) {
-    walk(w.steps, w.n * w.groups, carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
-      step<decltype(carrying)::value>(w, w.gate + t * w.gate_step, h + t * h_step, h_step, carry);
+    bool restarted = false;
+    walk(w.steps, w.lanes(), carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
+      const uint8_t code = w.code(t);
+      if (code & kRestart) {
+        carry.restart(w.lanes(), A(kStart));
+        restarted = true;
+      }
+      if (code & kHold) {
+        for (int64_t i = 0; i < w.lanes(); ++i) {
+          store(h[t * h_step + i], carry.value[i]);
+        }
+      } else {
+        step<decltype(carrying)::value>(w, w.gate + t * w.gate_step, h + t * h_step, h_step, carry);
+      }
     });
+    if (restarted && pass == Pass::local) {
+      carry.cut(w.lanes());
+    }
   }
 };
 
@@ -129,6 +162,7 @@ template <class T>
 struct Gradients {
   const T* before;        // h before the step
   const acc_t<T>* start;  // and before the last of the walk, where that is the first of the sequence
+  const acc_t<T>* restart;  // and before a frame that restarts
   const T* up;            // dL/dh
   T* dgate;
   int64_t before_step, up_step, dgate_step;
@@ -185,14 +219,49 @@ struct Backward {
     });
   }
 
+  // No gradient of the frame; that of the state takes what comes from above.
+  template <Carrying carrying>
+  static CONVRNN_INLINE void hold(const Walk<T>& w, const Gradients<T>& d, int64_t t, const Carry<A>& c) {
+    for (int64_t j = 0; j < w.groups; ++j) {
+      std::fill_n(d.dgate + t * d.dgate_step + j * 2 * w.run, w.n, T(0.f));
+      std::fill_n(d.dgate + t * d.dgate_step + j * 2 * w.run + w.run, w.n, T(0.f));
+    }
+    const T* up = d.up + t * d.up_step;
+    for (int64_t i = 0; i < w.lanes(); ++i) {
+      A more = load(up[i]);
+      if constexpr (carrying != Carrying::plain) {
+        more += c.low[i];
+      }
+      const A total = c.value[i] + more;
+      if constexpr (carrying != Carrying::plain) {
+        c.low[i] = more - (total - c.value[i]);
+      }
+      c.value[i] = total;
+    }
+  }
+
   static CONVRNN_INLINE void run(Walk<T> w, Gradients<T> d, Carry<A> carry, Pass pass, Carry<A> began) {
-    walk(w.steps, w.n * w.groups, carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
-      if (d.start != nullptr && t == w.steps - 1) {
-        step<decltype(carrying)::value>(w, d, t, d.start, carry);
+    bool restarted = false;
+    walk(w.steps, w.lanes(), carry, pass, began, [&](auto carrying, int64_t t) __attribute__((always_inline)) {
+      constexpr Carrying how = decltype(carrying)::value;
+      const uint8_t code = w.code(t);
+      const A* known = t == w.steps - 1 ? d.start : nullptr;
+      known = code & kRestart ? d.restart : known;
+      if (code & kHold) {
+        hold<how>(w, d, t, carry);
+      } else if (known != nullptr) {
+        step<how>(w, d, t, known, carry);
       } else {
-        step<decltype(carrying)::value>(w, d, t, d.before + t * d.before_step, carry);
+        step<how>(w, d, t, d.before + t * d.before_step, carry);
+      }
+      if (code & kRestart) {
+        carry.restart(w.lanes(), A(0));
+        restarted = true;
       }
     });
+    if (restarted && pass == Pass::local) {
+      carry.cut(w.lanes());
+    }
   }
 };
 
@@ -248,23 +317,31 @@ Shape sequence_sizes(const Tensor& gate_hidden) {
   return sizes;
 }
 
-void check(const Tensor& gate_hidden, const std::optional<Tensor>& h0) {
+void check(const Tensor& gate_hidden, const std::optional<Tensor>& h0, const std::optional<Tensor>& codes) {
   STD_TORCH_CHECK(gate_hidden.dim() >= 3 && gate_hidden.size(2) % 2 == 0,
                   "convrnn::mingru: expected gate_hidden of shape (B, T, 2*C, *S)");
   check_state("convrnn::mingru", h0);
   if (h0.has_value()) {
     STD_TORCH_CHECK(shape(*h0) == state_sizes(gate_hidden), "convrnn::mingru: expected h0 of shape (B, C, *S)");
   }
+  if (codes.has_value()) {
+    STD_TORCH_CHECK(codes->scalar_type() == ScalarType::Byte &&
+                        shape(*codes) == Shape({gate_hidden.size(0), gate_hidden.size(1)}),
+                    "convrnn::mingru: expected codes of shape (B, T) and dtype uint8");
+  }
 }
 
-std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional<Tensor>& h0) {
-  check(gate_hidden, h0);
+std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional<Tensor>& h0,
+                                  const std::optional<Tensor>& codes) {
+  check(gate_hidden, h0, codes);
   const bool channels_last = is_channels_last(gate_hidden, 2);
   const Tensor packed = to_layout(gate_hidden, 2, channels_last);
   const Shape sizes = shape(packed);
   const Frame frame(sizes, channels_last);
   const int64_t steps = sizes[1], lanes = frame.lanes;
-  const LaneState first(h0, channels_last, 0.5);
+  const LaneState first(h0, channels_last, kStart);
+  const std::optional<Tensor> rows = codes.has_value() ? dense(*codes) : codes;
+  const uint8_t* const code = rows.has_value() ? data<uint8_t>(*rows) : nullptr;
   Tensor h = empty(packed, sequence_sizes(packed), packed.scalar_type(), 2, channels_last);
   Tensor h_n = empty(packed, state_sizes(packed), h0.has_value() ? h0->scalar_type() : packed.scalar_type(), 1,
                      channels_last);
@@ -279,7 +356,8 @@ std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional
         sizes[0] * frame.blocks(), sizes[0] * lanes, steps, false, [&](int64_t task) { return Block(frame, task); },
         [&](const Block& block, const C& carry) { first.read(block, carry.value); },
         [&](const Block& block, Chunk chunk, const C& carry, Pass pass, const C& began) {
-          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + chunk.begin * gate_step, gate_step);
+          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + chunk.begin * gate_step, gate_step,
+                          code == nullptr ? nullptr : code + block.b * steps + chunk.begin, 1);
           run<Forward<T>>(w, out + (block.b * steps + chunk.begin) * lanes + block.lane, lanes, carry, pass, began);
         },
         [&](const Block& block, const C& carry) { write(h_n, block, carry.value); });
@@ -289,8 +367,8 @@ std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional
 
 std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, const std::optional<Tensor>& dh_n,
                                            const Tensor& gate_hidden, const std::optional<Tensor>& h0,
-                                           const Tensor& h) {
-  check(gate_hidden, h0);
+                                           const Tensor& h, const std::optional<Tensor>& codes) {
+  check(gate_hidden, h0, codes);
   for (const auto& sequence : {dh, std::optional<Tensor>(h)}) {
     STD_TORCH_CHECK(!sequence.has_value() || (sequence->scalar_type() == gate_hidden.scalar_type() &&
                                               shape(*sequence) == sequence_sizes(gate_hidden)),
@@ -306,7 +384,9 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
   const Shape sizes = shape(packed);
   const Frame frame(sizes, channels_last);
   const int64_t steps = sizes[1], lanes = frame.lanes;
-  const LaneState first(h0, channels_last, 0.5), last(dh_n, channels_last, 0.);
+  const LaneState first(h0, channels_last, kStart), last(dh_n, channels_last, 0.);
+  const std::optional<Tensor> rows = codes.has_value() ? dense(*codes) : codes;
+  const uint8_t* const code = rows.has_value() ? data<uint8_t>(*rows) : nullptr;
   Tensor dpacked = empty(packed, sizes, packed.scalar_type(), 2, channels_last);
   Tensor dh0 = h0.has_value() ? empty(packed, state_sizes(packed), h0->scalar_type(), 1, channels_last)
                               : nothing(packed);
@@ -320,6 +400,8 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
     const int64_t h_batch = states.stride(0), h_step = states.stride(1);
     const int64_t up_batch = up.has_value() ? up->stride(0) : 0, up_step = up.has_value() ? up->stride(1) : 0;
     const T zeros[kBlock] = {};  // no gradient of h: every step reads these
+    acc_t<T> restart[kBlock];
+    std::fill_n(restart, kBlock, static_cast<acc_t<T>>(kStart));
     scan<C, acc_t<T>>(
         sizes[0] * frame.blocks(), sizes[0] * lanes, steps, true, [&](int64_t task) { return Block(frame, task); },
         [&](const Block& block, const C& carry) { last.read(block, carry.value); },
@@ -329,9 +411,11 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
             first.read(block, start);
           }
           const int64_t t = chunk.begin + chunk.steps - 1;
-          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + t * gate_step, -gate_step);
+          const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + t * gate_step, -gate_step,
+                          code == nullptr ? nullptr : code + block.b * steps + t, -1);
           const Gradients<T> d = {out + block.b * h_batch + (t - 1) * h_step + block.lane,
                                   chunk.begin == 0 ? start : nullptr,
+                                  restart,
                                   du == nullptr ? zeros : du + block.b * up_batch + t * up_step + block.lane,
                                   dgate + (block.b * steps + t) * 2 * lanes + block.gate,
                                   -h_step,

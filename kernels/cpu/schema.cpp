@@ -7,9 +7,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(convrnn, m) {
-  m.def("mingru(Tensor gate_hidden, Tensor? h0=None) -> (Tensor h, Tensor h_n)");
+  // `codes` (B, T) uint8, one for each frame: bit 0 restarts the state before it, bit 1 then holds the state through it.
+  m.def("mingru(Tensor gate_hidden, Tensor? h0=None, Tensor? codes=None) -> (Tensor h, Tensor h_n)");
   m.def(
-      "mingru_backward(Tensor? dh, Tensor? dh_n, Tensor gate_hidden, Tensor? h0, Tensor h)"
+      "mingru_backward(Tensor? dh, Tensor? dh_n, Tensor gate_hidden, Tensor? h0, Tensor h, Tensor? codes=None)"
       " -> (Tensor dgate_hidden, Tensor dh0)");
 
   m.def("log_scan(Tensor log_a, Tensor log_b) -> Tensor log_x");

@@ -1,0 +1,57 @@
+"""Which frames of a batch are there and where its sequences begin: lengths, resets and packed sequences of all layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+# All but run_packed is scriptable.
+
+
+def live_frames(lengths: Tensor, x: Tensor) -> Tensor:
+    """Returns (B, T) bool, True for the frames that the rows of x (B, T, ...) have."""
+    return torch.arange(x.shape[1], device=x.device) < lengths.to(x.device).unsqueeze(1)
+
+
+def blank(x: Tensor, live: Tensor) -> Tensor:
+    """Returns x (B, T, ...) with zeros where not ``live``, so that not even a NaN there is read."""
+    return x.masked_fill(~per_frame(live, x), 0.0)
+
+
+def per_frame(mask: Tensor, x: Tensor) -> Tensor:
+    """Returns ``mask`` (B, T) with the dimensions of x (B, T, ...)."""
+    return mask.view(list(mask.shape) + [1] * (x.dim() - 2))
+
+
+def reverse(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Returns x (B, T, ...) with the frames of each row in reverse; with ``lengths``, the padding stays behind them."""
+    if lengths is None:
+        return x.flip(1)
+    t = torch.arange(x.shape[1], device=x.device)
+    n = lengths.to(x.device, torch.int64).clamp(0, x.shape[1]).unsqueeze(1)
+    return x.gather(1, per_frame(torch.where(t < n, n - 1 - t, t), x).expand_as(x))
+
+
+def resets_before(reset: Tensor) -> Tensor:
+    """Returns the cuts (B, T) as the other direction meets them: frame t-1 begins anew where frame t does in this one."""
+    t = torch.arange(reset.shape[1], device=reset.device)
+    return reset.roll(-1, 1) & (t < reset.shape[1] - 1)  # a slice would tie torch.export to more than two frames
+
+
+def run_packed(
+    rnn: nn.Module, x: PackedSequence, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+) -> Any:
+    """Runs ``rnn`` over a PackedSequence; h and ``reset`` (B, T) are in the order of the batch, as what comes back."""
+    if lengths is not None:
+        raise ValueError("lengths must be None with a PackedSequence, which has its own, got a value")
+    order, back = x.sorted_indices, x.unsorted_indices
+    # In the order of the lengths, as torch.nn.GRU: turning them back here would wait for the device.
+    padded, sizes = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=True)
+    if order is not None:
+        h = h if not isinstance(h, (list, tuple)) else [state.index_select(0, order) for state in h]
+        reset = reset if not isinstance(reset, Tensor) else reset.index_select(0, order)
+    out, states = rnn.forward(padded, h, lengths=sizes, reset=reset)
+    data = pack_padded_sequence(out, sizes, batch_first=True).data
+    packed = PackedSequence(data, x.batch_sizes, order, back)
+    return packed, states if back is None else [state.index_select(0, back) for state in states]

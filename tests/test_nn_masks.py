@@ -1,0 +1,246 @@
+"""Lengths, resets, single frames and packed sequences of the minGRU family and of Bidirectional over it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.testing import assert_close
+
+from convrnn import GRU_RCN, Bidirectional, ConvGRU, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+
+B, T, SIZE = 3, 6, 4
+LENGTHS = [6, 2, 0]
+CASES = {
+    "cell": lambda **kw: MinGRUCell(SIZE, 5, **kw),
+    "layers": lambda **kw: MinGRU(SIZE, [5, 3], norm=True, residual=True, **kw),
+    "conv_cell": lambda **kw: MinConv2dGRUCell(SIZE, 5, 3, stride=2, **kw),
+    "conv_layers": lambda **kw: MinConv2dGRU(SIZE, [8, 3], 3, paddings=1, norm=True, residual=True, **kw),
+    "both": lambda **kw: Bidirectional(CASES["layers"](**kw), CASES["layers"](**kw)),
+    "both_conv_shared": lambda **kw: Bidirectional(CASES["conv_cell"](**kw)),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+each_way_on = pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("both")])
+
+
+def build(case, device):
+    torch.manual_seed(0)
+    rnn = CASES[case](device=device, dtype=torch.float64)
+    x = torch.randn(B, T, SIZE, *([6, 5] if "conv" in case else []), dtype=torch.float64, device=device)
+    return rnn, x, [torch.randn_like(state) for state in rnn.init_hidden_state(x)]
+
+
+def make_masks(device):
+    """One row has cuts beside one another and at its ends, one a cut where it ends, one nothing."""
+    reset = torch.tensor([[0, 0, 1, 1, 0, 1], [1, 0, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]], device=device).bool()
+    return {"lengths": torch.tensor(LENGTHS, device=device), "reset": reset}
+
+
+def episodes(rnn, x, h, lengths, reset):
+    """Row by row and episode by episode, without a mask: both directions of an episode see that episode alone."""
+    rows, finals = [], []
+    for b in range(B):
+        cuts = [t for t in range(lengths[b]) if reset[b][t] and t > 0]
+        bounds = list(zip([0, *cuts], [*cuts, lengths[b]], strict=True))
+        row, state = x[b : b + 1], [s[b : b + 1] for s in h]
+        blank = rnn(x[:1])[0][:, :1].detach() * 0
+        if lengths[b] == 0:
+            rows.append(blank.expand(1, T, *blank.shape[2:]))
+            finals.append(state)
+            continue
+        both = isinstance(rnn, Bidirectional)
+        initial, outs, ends = rnn.init_hidden_state(row), [], []
+        half = len(h) // 2 if both else len(h)
+        for i, (a, end) in enumerate(bounds):
+            fwd = state[:half] if i == 0 and not reset[b][0] else initial[:half]
+            bwd = state[half:] if i == len(bounds) - 1 else initial[half:]
+            out, last = rnn(row[:, a:end], fwd + bwd)
+            outs.append(out)
+            ends.append(last)
+        rows.append(torch.cat([*outs, *[blank] * (T - lengths[b])], 1))
+        finals.append(ends[-1][:half] + ends[0][half:])
+    return torch.cat(rows), [torch.cat(states) for states in zip(*finals, strict=True)]
+
+
+def check_gradients(ours, theirs, leaves):
+    torch.manual_seed(3)
+    weights = [torch.randn_like(y) for y in (ours[0], *ours[1])]
+    found, wanted = (
+        torch.autograd.grad([y[0], *y[1]], leaves, weights, materialize_grads=True) for y in (ours, theirs)
+    )
+    assert_close(found, wanted)
+    return found
+
+
+@each_case
+def test_masks_give_what_each_episode_gives_alone(case, device):
+    rnn, x, h = build(case, device)
+    masks = make_masks(device)
+    leaves = [x.requires_grad_(), *[state.requires_grad_() for state in h], *rnn.parameters()]
+    ours = rnn(x, h, **masks)
+    theirs = episodes(rnn, x, h, LENGTHS, masks["reset"].tolist())
+    assert_close(ours, theirs)
+    gradient = check_gradients(ours, theirs, leaves)[0]
+    assert not gradient[1, 2:].any() and not gradient[2].any()
+    for name in masks:
+        alone = {"lengths": [T] * B, "reset": [[False] * T] * B, name: masks[name].tolist()}
+        assert_close(rnn(x, h, **{name: masks[name]}), episodes(rnn, x, h, **alone))
+
+
+@each_case
+def test_padding_has_no_influence(case, device):
+    rnn, x, h = build(case, device)
+    masks = make_masks(device)
+    lengths = masks["lengths"]
+    padding = torch.arange(T, device=device) >= lengths[:, None]
+    dirty = x.masked_fill(padding.view(B, T, *(1 for _ in x.shape[2:])), float("nan")).requires_grad_()
+    parameters = list(rnn.parameters())
+    results = []
+    beyond = torch.where(lengths == T, T + 9, torch.where(lengths == 0, -1, lengths)).cpu().int()
+    for given, sizes in ((x.requires_grad_(), lengths), (dirty, beyond)):
+        out, states = rnn(given, h, lengths=sizes, reset=masks["reset"])
+        grads = torch.autograd.grad(out.square().sum() + sum(s.sum() for s in states), [given, *parameters])
+        results.append([out, *states, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(y.isfinite().all() for y in results[0]) and not results[0][0][padding].any()
+
+
+@each_way_on
+def test_whole_chunks_and_frames_agree(case, device):
+    rnn, x, h = build(case, device)
+    masks = make_masks(device)
+    whole = rnn(x, h, **masks)
+    parts, state = [], h
+    for a, b in ((0, 1), (1, 4), (4, T)):
+        out, state = rnn(x[:, a:b], state, lengths=masks["lengths"] - a, reset=masks["reset"][:, a:b])
+        parts.append(out)
+    assert_close((torch.cat(parts, 1), state), whole)
+
+    frames, state = [], h
+    for t in range(T):
+        out, state = rnn.step(x[:, t], state, reset=masks["reset"][:, t])
+        frames.append(out)
+    assert_close((torch.stack(frames, 1), state), rnn(x, h, reset=masks["reset"]))
+    assert_close(rnn(x[:, 0], h)[0], rnn(x[:, :1], h)[0][:, 0])
+    assert_close(rnn.init_hidden_state(x[:, 0]), rnn.init_hidden_state(x))
+    out, state = rnn(x[:, 0], h, lengths=torch.tensor([1, 0, 1]))
+    assert not out[1].any() and torch.equal(state[0][1], h[0][1])
+
+
+@pytest.mark.parametrize("case", ["both", "both_conv_shared"])
+def test_one_frame_in_both_directions(case, device):
+    rnn, x, h = build(case, device)
+    row = torch.tensor([True, False, True], device=device)
+    out, states = rnn(x[:, 0], h, reset=row)
+    clip, expected = rnn(x[:, :1], h, reset=row[:, None])
+    assert_close((out, states), (clip[:, 0], expected))
+
+
+@pytest.mark.parametrize("given", ["sorted", "unsorted"])
+@pytest.mark.parametrize("case", ["cell", "layers", "conv_layers", "both"])
+def test_packed_sequences_as_torch_takes_them(case, given, device):
+    rnn, x, h = build(case, device)
+    rows = [x[0, :2], x[1, :5], x[2, :1]]
+    if given == "sorted":
+        rows = [rows[1], rows[0], rows[2]]
+    lengths = torch.tensor([len(row) for row in rows])
+    packed = pack_sequence(rows, enforce_sorted=given == "sorted")
+    out, states = rnn(packed, h)
+    assert isinstance(out, PackedSequence) and torch.equal(out.batch_sizes, packed.batch_sizes)
+    padded, sizes = pad_packed_sequence(out, batch_first=True)
+    assert sizes.tolist() == lengths.tolist()
+    for i, row in enumerate(rows):
+        alone, last = rnn(row[None], [state[i : i + 1] for state in h])
+        assert_close(padded[i, : len(row)], alone[0])
+        assert_close([state[i : i + 1] for state in states], last)
+    assert_close(rnn(packed)[1], rnn(packed, rnn.init_hidden_state(x))[1])
+    reset = torch.rand(B, 5, device=device) < 0.5
+    batch, _ = pad_packed_sequence(packed, batch_first=True)
+    expected, expected_states = rnn(batch, h, lengths=lengths, reset=reset)
+    out, states = rnn(packed, h, reset=reset)
+    assert_close((pad_packed_sequence(out, batch_first=True)[0], states), (expected, expected_states))
+
+
+def test_packed_sequences_have_the_order_of_torch_gru(device):
+    """What comes back fits what torch.nn.GRU returns for the same batch, entry by entry."""
+    rnn, x, _ = build("layers", device)
+    packed = pack_padded_sequence(x, torch.tensor([2, 6, 3]), batch_first=True, enforce_sorted=False)
+    theirs, h_n = nn.GRU(SIZE, 3, batch_first=True, device=device, dtype=x.dtype)(packed)
+    ours, states = rnn(packed)
+    assert ours.data.shape == theirs.data.shape and states[1].shape[0] == h_n.shape[1]
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bidirectional_passes_masks_to_conv_gru(device):
+    torch.manual_seed(0)
+    options = {"hidden_sizes": 3, "kernel_sizes": 3, "device": device, "dtype": torch.float64}
+    rnn = Bidirectional(ConvGRU(SIZE, **options), ConvGRU(SIZE, **options))
+    both = ConvGRU(SIZE, bidirectional=True, **options)
+    both.layers.load_state_dict(rnn.rnn.layers.state_dict())
+    both.backward_layers.load_state_dict(rnn.backward_rnn.layers.state_dict())
+    x = torch.randn(B, T, SIZE, 5, 4, dtype=torch.float64, device=device)
+    h = [torch.randn_like(state) for state in both.init_hidden_state(x)]
+    assert_close(rnn(x, h, **make_masks(device)), both(x, h, **make_masks(device)))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("case", ["layers", "both_conv_shared"])
+def test_script_compile_export(case, device):
+    torch._dynamo.reset()
+    rnn, x, h = build(case, device)
+    masks = make_masks(device)
+    expected = rnn(x, h, **masks)
+    assert_close(torch.jit.script(rnn)(x, h, **masks), expected)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    leaf, twin = (x.clone().requires_grad_() for _ in range(2))
+    out, states = compiled(leaf, h, **masks)
+    assert_close((out, states), expected)
+    assert_close(
+        *(torch.autograd.grad(y.square().sum(), z) for y, z in ((out, leaf), (rnn(twin, h, **masks)[0], twin)))
+    )
+    time = torch.export.Dim("time", min=2, max=64)
+    shapes = {"x": {1: time}, "h": None, "lengths": None, "reset": {1: time}}
+    program = torch.export.export(rnn, (x, None), masks, dynamic_shapes=shapes)
+    longer = torch.cat((x, x), 1), None
+    more = {"lengths": masks["lengths"] * 2, "reset": torch.cat((masks["reset"],) * 2, 1)}
+    assert_close(program.module()(*longer, **more), rnn(*longer, **more))
+
+
+FLAGS = torch.zeros(B, T, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (
+            TypeError,
+            r"lengths must be an integer Tensor of shape \[3\], got list",
+            lambda f, x: f(x, lengths=[1, 2, 3]),
+        ),
+        (TypeError, "lengths must be an integer Tensor, got torch.float", lambda f, x: f(x, lengths=torch.ones(B))),
+        (TypeError, "lengths must be an integer Tensor, got torch.bool", lambda f, x: f(x, lengths=FLAGS[:, 0])),
+        (ValueError, r"lengths must have shape \[3\], got \[2\]", lambda f, x: f(x, lengths=torch.ones(2).int())),
+        (TypeError, "reset must be a bool Tensor, got torch.int32", lambda f, x: f(x, reset=FLAGS.int())),
+        (TypeError, r"reset must be a bool Tensor of shape \[3, 6\], got list", lambda f, x: f(x, reset=[True])),
+        (ValueError, r"reset must have shape \[3, 6\], got \[6, 3\]", lambda f, x: f(x, reset=FLAGS.T)),
+        (ValueError, r"reset must be on the device of x \(cpu\), got meta", lambda f, x: f(x, reset=FLAGS.to("meta"))),
+        (
+            ValueError,
+            "lengths must be None with a PackedSequence",
+            lambda f, x: f(pack_sequence([x[0]]), lengths=torch.tensor([T])),
+        ),
+    ],
+)
+@pytest.mark.parametrize("case", ["cell", "layers", "both"])
+def test_bad_calls(case, error, message, call):
+    rnn, x, _ = build(case, "cpu")
+    with pytest.raises(error, match=message):
+        call(rnn, x)
+
+
+def test_bad_calls_of_one_layer():
+    rnn, x, _ = build("layers", "cpu")
+    with pytest.raises(ValueError, match=r"x must be one frame \(B, input_size\), got shape \[3, 6, 4\]"):
+        rnn.step(x)
+    with pytest.raises(ValueError, match="lengths and reset must be None over GRU_RCN"):
+        Bidirectional(GRU_RCN(SIZE, 3, 3))(torch.zeros(B, T, SIZE, 4, 4), reset=FLAGS)

@@ -1,4 +1,4 @@
-"""What PyTorch expects of an op: opcheck, fakes, torch.compile, autocast, scripting; for every op."""
+"""What PyTorch expects of an op beside opcheck: fakes, torch.compile, autocast, scripting; for every op."""
 
 import pytest
 import torch
@@ -7,30 +7,6 @@ import convrnn
 from convrnn.info import OPS
 
 from .samples import backward_samples, forward_samples
-
-F32 = torch.float32
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_forward(op, dtype, device):
-    overload = getattr(torch.ops.convrnn, op).default
-    for arguments in forward_samples(op, device, dtype):
-        grown = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(overload, tuple(arguments))
-        # gradients of 16-bit dtypes differ between eager and traced decompositions by rounding
-        utils = None if dtype == F32 else ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(overload, tuple(grown), **({} if utils is None else {"test_utils": utils}))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck_backward(op, device):
-    overload = getattr(torch.ops.convrnn, f"{op}_backward").default
-    for arguments in backward_samples(op, device):
-        torch.library.opcheck(overload, arguments)
-        grown = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(overload, grown, test_utils=utils)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -117,9 +93,10 @@ def _loss(outputs):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("op", OPS)
 def test_compile_fullgraph(op, dynamic, device):
+    """Without the optional arguments and with them; what strides and ranks make of it is opcheck's."""
     torch._dynamo.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for arguments in forward_samples(op, device):
+    for arguments in forward_samples(op, device)[:2]:
         eager = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
         traced = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in eager]
         expected, got = _loss(PUBLIC[op](eager)), _loss(compiled(traced))

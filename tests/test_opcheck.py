@@ -6,13 +6,15 @@ import torch
 from convrnn.info import OPS
 
 from .compare import DTYPES
+from .conftest import INTERPRETED
 from .samples import backward_samples, forward_samples
 
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 # Traced and eager gradients of 16-bit dtypes differ by rounding, and so do sums over pixels in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# in the interpreter one dtype: of the others test_registration.py compares the fakes
+each_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES, ids=str)
 each_op = pytest.mark.parametrize("op", [name for op in OPS for name in (op, f"{op}_backward")])
 
 

@@ -78,7 +78,7 @@ wheel: $(LIBRARY)
 # The one wheel, as it is, beside each of these PyTorches in an environment of its own; the tests run from a copy, so that
 # nothing of the checkout is imported. Downloads a PyTorch each: for releases, CI does not call it.
 WHEEL_TORCH ?= 2.10.0 2.13.0 2.14.1
-WHEEL_TESTS := $(foreach name,registration mingru log_scan gru_rcn nn_gru_rcn nn_mingru nn_conv_mingru torchscript,tests/test_$(name).py)
+WHEEL_TESTS := $(foreach name,registration opcheck mingru log_scan gru_rcn nn_gru_rcn nn_mingru nn_conv_mingru torchscript,tests/test_$(name).py)
 test-wheel: wheel
 	@set -e; for torch in $(WHEEL_TORCH); do \
 	  folder=build/wheel-$$torch; rm -rf $$folder/tests; mkdir -p $$folder; \

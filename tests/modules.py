@@ -18,9 +18,17 @@ class ModuleCase(NamedTuple):
         return self.build(device=device, **options), torch.randn(self.shape, device=device)
 
 
+class Stacked(convrnn.StackedGRU_RCN):
+    """StackedGRU_RCN of a map and of every second pixel of it, so that its input is one tensor as the others' is."""
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        outs, states = super().forward([x, x[..., ::2, ::2]], h)
+        return outs[-1], states
+
+
 VIDEO, SEQUENCE = (3, 5, 2, 7, 8), (3, 5, 2)
 
-MODULES = {
+SCRIPTABLE = {
     "GRU_RCN": ModuleCase(lambda **kw: convrnn.GRU_RCN(2, 4, 3, bias=True, **kw), VIDEO),
     "GRU_RCN-recompute": ModuleCase(lambda **kw: convrnn.GRU_RCN(2, 4, 3, recompute=True, **kw), VIDEO),
     "MinGRUCell": ModuleCase(lambda **kw: convrnn.MinGRUCell(2, 4, **kw), SEQUENCE),
@@ -35,6 +43,27 @@ MODULES = {
         lambda **kw: convrnn.Bidirectional(convrnn.MinGRU(2, 4, **kw), convrnn.MinGRU(2, 4, **kw)), SEQUENCE
     ),
 }
+# One op over the sequence too.
+FUSED = SCRIPTABLE | {
+    "ConvGRU": ModuleCase(lambda **kw: convrnn.ConvGRU(2, [4, 6], 3, norm=True, residual=True, **kw), VIDEO),
+    "ConvGRU1d": ModuleCase(lambda **kw: convrnn.ConvGRU1d(2, 4, 3, bidirectional=True, **kw), (3, 5, 2, 7)),
+    "ConvGRU3d": ModuleCase(lambda **kw: convrnn.ConvGRU3d(2, 4, 3, learn_h0=True, **kw), (3, 3, 2, 4, 5, 3)),
+    "ConvGRUCell": ModuleCase(lambda **kw: convrnn.ConvGRUCell(2, 4, (2, 3), **kw), VIDEO),
+    "ConvGRUCell1d": ModuleCase(lambda **kw: convrnn.ConvGRUCell1d(2, 4, 3, bias=False, **kw), (3, 5, 2, 7)),
+    "ConvGRUCell3d": ModuleCase(lambda **kw: convrnn.ConvGRUCell3d(2, 4, (1, 3, 3), **kw), (3, 3, 2, 4, 5, 3)),
+}
+# What walks over time in Python, whose graphs hold one number of steps.
+WALKING = {
+    "ConvGRU-walking": ModuleCase(
+        lambda **kw: convrnn.ConvGRU(
+            2, 4, 3, strides=2, reset_after=True, cell_norm="layer", residual=True, learn_h0=True, **kw
+        ),
+        (3, 2, 2, 7, 8),
+    ),
+    "SepConvGRUCell": ModuleCase(lambda **kw: convrnn.SepConvGRUCell(2, 4, 3, **kw), (3, 2, 2, 7, 8)),
+    "StackedGRU_RCN": ModuleCase(lambda **kw: Stacked([2, 2], [4, 6], 3, bias=True, **kw), (3, 2, 2, 7, 8)),
+}
+MODULES = FUSED | WALKING
 
 
 def tensors(outputs: Any) -> list[Tensor]:

@@ -26,7 +26,12 @@ def test_values_and_gradients(name, dtype, device):
         outputs = module(x)
         total = loss(outputs)
     gradients = torch.autograd.grad(total, list(module.parameters()))
-    residual = name in ("MinGRU", "MinConv2dGRU")  # a sum with a float32 input or norm may promote
+    residual = name in (
+        "MinGRU",
+        "MinConv2dGRU",
+        "ConvGRU",
+        "ConvGRU-walking",
+    )  # a sum with a float32 input or norm may promote
     assert outputs[0].dtype == dtype or residual
     assert all(g.dtype == torch.float32 for g in gradients)
     exact = MODULES[name].build(device=device, dtype=torch.float64)

@@ -15,22 +15,12 @@ import convrnn
 from convrnn import reference
 
 from .differentiable import CASES, loss
+from .modules import MODULES
+from .samples import forward_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 OPS = ["mingru-h0", "log_scan", "gru_gates", "gru_update", "gru_rcn-h0-bias", "gru_rcn-recompute"]
-MODULES = {
-    "GRU_RCN": (lambda **kw: convrnn.GRU_RCN(2, 3, 3, bias=True, **kw), (2, 3, 2, 4, 3)),
-    "GRU_RCN-recompute": (lambda **kw: convrnn.GRU_RCN(2, 3, 3, recompute=True, **kw), (2, 3, 2, 4, 3)),
-    "MinGRU": (lambda **kw: convrnn.MinGRU(2, [3, 2], norm=True, residual=True, **kw), (2, 4, 2)),
-    "MinConv2dGRU": (lambda **kw: convrnn.MinConv2dGRU(2, [3, 2], 3, paddings=1, **kw), (2, 3, 2, 4, 3)),
-    "Bidirectional": (lambda **kw: convrnn.Bidirectional(convrnn.MinGRU(2, 3, **kw)), (2, 3, 2)),
-}
-
-
-def make(name, device):
-    build, shape = MODULES[name]
-    return build(device=device), torch.randn(shape, device=device)
 
 
 def gradients_of(f, inputs):
@@ -97,8 +87,8 @@ def test_deterministic_algorithms(name, device):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_hooks_of_modules_and_tensors(name, device):
-    module, x = make(name, device)
-    x.requires_grad_()
+    module, x = MODULES[name].make(device, dtype=torch.float64)
+    x = x.double().requires_grad_()
     expected = torch.autograd.grad(module(x)[0].square().sum(), [x, *module.parameters()])
     seen = []
     module.register_full_backward_pre_hook(lambda m, grad_output: seen.append("before"))
@@ -116,7 +106,7 @@ def test_hooks_of_modules_and_tensors(name, device):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_copies_pickles_and_meta(name, device):
-    module, x = make(name, device)
+    module, x = MODULES[name].make(device)
     expected = module(x)[0]
     memory = io.BytesIO()
     torch.save(module, memory)
@@ -125,19 +115,19 @@ def test_copies_pickles_and_meta(name, device):
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
         assert torch.equal(other(x)[0], expected)
         assert all(a is not b for a, b in zip(other.parameters(), module.parameters(), strict=True))
-    empty = MODULES[name][0](device="meta")
+    empty = MODULES[name].build(device="meta")
     assert empty(x.to("meta"))[0].shape == expected.shape and all(p.is_meta for p in empty.parameters())
     real = empty.to_empty(device=device)
     real.load_state_dict(module.state_dict())
     assert torch.equal(real(x)[0], expected)
-    assigned = MODULES[name][0](device="meta")
+    assigned = MODULES[name].build(device="meta")
     assigned.load_state_dict(module.state_dict(), assign=True)
     assert torch.equal(assigned(x)[0], expected)
 
 
 @pytest.mark.parametrize("weight", ["W", "U", "C"])
 def test_parametrizations_and_pruning(weight, device):
-    module, x = make("GRU_RCN", device)
+    module, x = MODULES["GRU_RCN"].make(device)
     expected = module(x)[0]
     rest = [module.W, module.U, module.C, module.bias]
 
@@ -194,7 +184,7 @@ def test_flop_counter(h0, device):
         return convrnn.gru_rcn(projection, h0, None, U, C)
 
     assert count(projected, range(6)) == (forward, everything)
-    module, frames = make("GRU_RCN", device)
+    module, frames = MODULES["GRU_RCN"].make(device)
     with FlopCounterMode(display=False) as counter:
         module(frames)
     assert list(counter.get_flop_counts()["Global"]) == [torch.ops.convrnn.gru_rcn]
@@ -212,8 +202,37 @@ def test_nested_tensors_are_refused(layout, device):
         convrnn.mingru(dense, nested)
     with pytest.raises(TypeError, match="log_a must be a dense"):
         convrnn.parallel_scan_log(nested, dense)
+    with pytest.raises(TypeError, match="gate must be a dense"):
+        convrnn.mingru_gate_hidden(nested, nested, dense[:, :1])
     with pytest.raises(TypeError, match="x must be a dense"):
         convrnn.gru_rcn(nested, None, dense, dense, dense)
+    with pytest.raises(TypeError, match="xp must be a dense"):
+        convrnn.ops.gru_gates(nested, dense, dense)
+    with pytest.raises(TypeError, match="xc must be a dense"):
+        convrnn.ops.gru_update(nested, dense, dense, dense)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_modules_refuse_nested_tensors(name, layout, device):
+    """With T of each row its own."""
+    module, x = MODULES[name].make(device)
+    nested = torch.nested.nested_tensor([x[0], x[1][:-1]], layout=layout)
+    given = [nested, nested] if name == "StackedGRU_RCN" else nested
+    with pytest.raises(TypeError, match="x must be a dense"):
+        (convrnn.StackedGRU_RCN.forward if name == "StackedGRU_RCN" else type(module).forward)(module, given)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_modules_refuse_nested_states(name, device):
+    module, x = MODULES[name].make(device)
+    state = module(x)[1]
+    whole = state if isinstance(state, torch.Tensor) else state[0]
+    nested = torch.nested.nested_tensor(list(whole.detach()), layout=torch.jagged)
+    with pytest.raises(TypeError, match="must be a dense"):
+        module(x, nested if whole is state else [nested, *state[1:]])
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
@@ -228,6 +247,25 @@ class Labelled(torch.Tensor):
     """A subclass without rules of its own."""
 
 
+class Wrapper(torch.Tensor):
+    """A subclass whose data is in a tensor inside, and which knows the operations that ``known`` names alone."""
+
+    @staticmethod
+    def __new__(cls, inner, known=()):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        wrapper.inner, wrapper.known = inner, known
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        known = next(a.known for a in args if isinstance(a, Wrapper))
+        if func.namespace == "convrnn" and func not in known:
+            return NotImplemented
+        given = (a.inner if isinstance(a, Wrapper) else a for a in args)
+        result = func(*given, **(kwargs or {}))
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda y: Wrapper(y, known), result)
+
+
 def test_plain_subclasses_pass(device):
     """nn.Parameter is one, and so are frameworks' tagged tensors: they work, and stay what they are."""
     x = torch.randn(2, 3, 4, device=device)
@@ -235,3 +273,46 @@ def test_plain_subclasses_pass(device):
     assert isinstance(h, Labelled) and torch.equal(h.as_subclass(torch.Tensor), convrnn.mingru(x)[0])
     h, _ = convrnn.mingru(nn.Parameter(x))
     assert type(h) is torch.Tensor
+
+
+PUBLIC = {
+    "mingru": convrnn.mingru,
+    "log_scan": convrnn.parallel_scan_log,
+    "gru_gates": convrnn.ops.gru_gates,
+    "gru_update": convrnn.ops.gru_update,
+    "gru_rcn": convrnn.gru_rcn,
+}
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_wrapper_subclasses(op, device):
+    """One with a rule for the op is what it computes with; one without is refused, by name, whatever argument it is."""
+    arguments = forward_samples(op, device)[1][:6]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    aten = tuple(o.default for o in (torch.ops.aten.exp, torch.ops.aten._to_copy))
+    overload = getattr(torch.ops.convrnn, op).default
+    expected = PUBLIC[op](*arguments)
+    for i in tensors:
+        mixed = [Wrapper(a) if i == j else a for j, a in enumerate(arguments)]
+        with pytest.raises(TypeError, match=rf"convrnn\.{op}"):
+            PUBLIC[op](*mixed)
+        mixed[i].known = (overload, *aten)
+        found = PUBLIC[op](*mixed)
+        for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
+            assert isinstance(a, Wrapper) and torch.equal(a.inner, b)
+
+
+def test_distributed_tensors_are_refused_by_name(device):
+    """DTensor knows how to shard the operations that it has a rule for."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this PyTorch is built without gloo")
+    from torch.distributed.tensor import distribute_tensor
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        with pytest.raises(NotImplementedError, match=r"convrnn\.mingru"):
+            convrnn.mingru(distribute_tensor(torch.randn(2, 3, 4), mesh))
+    finally:
+        torch.distributed.destroy_process_group()

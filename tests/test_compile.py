@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import convrnn
 from convrnn.info import OPS
 
-from .modules import MODULES, loss, tensors
+from .modules import FUSED, MODULES, loss, tensors
 from .samples import backward_samples, forward_samples
 
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]
@@ -61,17 +61,23 @@ def test_modules_are_one_graph(name, training, device):
             torch.testing.assert_close(a, b)
 
 
-@each_module
-def test_no_graph_break(name, device):
+@pytest.mark.parametrize("name", ["GRU_RCN", "MinConv2dGRU", "SepConvGRUCell"])
+def test_explain_counts_one_graph(name, device):
+    """What fullgraph=True says of all modules above, in the words that users ask for it with."""
     module, x = MODULES[name].make(device)
     explained = torch._dynamo.explain(module)(x)
     assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
 
 
-@each_module
+# Code takes long to generate, and these stand for the others: GRU_RCN for what is that op between two views,
+# MinConv2dGRUCell for MinConv2dGRU, and training, whose forward is inference's with more outputs, for inference.
+GENERATED = {"GRU_RCN", "MinGRU", "MinConv2dGRUCell", "Bidirectional-MinGRU", "ConvGRU1d"}
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", FUSED)
 def test_sizes_change_without_a_compilation(name, training, device):
-    """Generated code for any B, T, H and W; where a layer runs PyTorch's convolutions, for any B and T.
+    """One graph for any B, T, H and W; where a layer runs PyTorch's convolutions, for any B and T.
 
     Of those Inductor knows no symbolic H and W in training (it compiles for each), nor strided ones at all: see
     test_strided_convolutions_of_one_view.
@@ -79,19 +85,18 @@ def test_sizes_change_without_a_compilation(name, training, device):
     convolutions = name.startswith("MinConv2d")
     module, x = MODULES[name].make(device)
     module.train(training)
-    # code for its convolutions takes long to generate, and MinConv2dGRUCell's stands for it
-    counter = CompileCounterWithBackend("aot_eager" if name == "MinConv2dGRU" else "inductor")
+    counter = CompileCounterWithBackend("inductor" if training and name in GENERATED else "aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=None if convolutions else True, backend=counter)
     counts = []
     with torch.set_grad_enabled(training):
         # at least 16 frames: PyTorch's fake convolution guards on that number
-        for batch, steps, *size in ((4, 5, 7, 8), (5, 9, 11, 12), (7, 6, 9, 14), (2, 17, 13, 10)):
+        for batch, steps, *size in ((4, 5, 7, 8, 6), (5, 9, 11, 12, 5), (7, 6, 9, 14, 7), (2, 17, 13, 10, 4)):
             assert_same(compiled, module, resized(x, batch, steps, *((7, 8) if convolutions else size)), 1e-4)
             counts.append(counter.frame_count)
     assert len(set(counts[1:] if convolutions else counts)) == 1, counts
 
 
-@each_module
+@pytest.mark.parametrize("name", ["GRU_RCN", "MinGRU", "MinConv2dGRU", "Bidirectional-GRU_RCN", "ConvGRU"])
 def test_default_dynamic_mode_compiles_twice_at_most(name, device):
     """dynamic=None: once for the first length, once more for all others."""
     module, x = MODULES[name].make(device)

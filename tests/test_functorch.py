@@ -10,6 +10,7 @@ import convrnn
 
 from .conftest import INTERPRETED
 from .differentiable import CASES, loss
+from .modules import MODULES
 from .samples import backward_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -160,20 +161,11 @@ def test_vmap_of_the_backward_ops(op, device):
                 close(y, expected)
 
 
-MODULES = {
-    "GRU_RCN": (lambda **kw: convrnn.GRU_RCN(2, 3, 3, bias=True, **kw), (2, 3, 2, 4, 3)),
-    "MinGRU": (lambda **kw: convrnn.MinGRU(2, [3, 2], norm=True, residual=True, **kw), (2, 4, 2)),
-    "MinConv2dGRU": (lambda **kw: convrnn.MinConv2dGRU(2, [3, 2], 3, paddings=1, **kw), (2, 3, 2, 4, 3)),
-    "Bidirectional": (lambda **kw: convrnn.Bidirectional(convrnn.GRU_RCN(2, 2, 3, **kw)), (2, 3, 2, 3, 3)),
-}
-
-
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", MODULES)
 def test_ensembles_and_per_sample_gradients_of_modules(name, device):
-    make, shape = MODULES[name]
-    modules = [make(device=device, dtype=torch.float64) for _ in range(2)]
-    x = torch.randn(shape, device=device, dtype=torch.float64)
+    (first, x), (second, _) = (MODULES[name].make(device, dtype=torch.float64) for _ in range(2))
+    modules, x = [first, second], x.double()
 
     def run(state, x):
         return functional_call(modules[0], state, (x,))[0]

@@ -56,15 +56,51 @@ def test_shared_memory_is_trained_by_another_process():
         torch.testing.assert_close(p.detach(), old - g)
 
 
+@pytest.fixture
+def defaults():
+    """Puts the default device and dtype back."""
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    yield
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+    torch.set_default_dtype(dtype)
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_default_device_and_dtype(name):
+def test_default_device(name, defaults):
+    """Built without memory and filled: what was built on the CPU, once it is given the same numbers."""
+    x = MODULES[name].make()[1]
+
+    def tensors_of(module):
+        return [*module.parameters(), *module.buffers()]
+
     with torch.device("meta"):
-        assert all(p.is_meta for p in MODULES[name].build().parameters())
+        within = MODULES[name].build()
+    torch.set_default_device("meta")
+    literal = MODULES[name].build()
+    torch.set_default_device("cpu")
+    torch.manual_seed(1)
+    expected = MODULES[name].build()
+    for module in (within, literal):
+        assert tensors_of(module) and all(t.is_meta for t in tensors_of(module))
+        module.to_empty(device="cpu")
+        with torch.no_grad():
+            for t in tensors_of(module):
+                t.fill_(float("nan"))
+        torch.manual_seed(1)
+        for part in module.modules():  # as torch.distributed.fsdp's deferred initialisation does
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+        assert all(t.isfinite().all() for t in tensors_of(module)), name
+        assert module(x)[0].shape == expected(x)[0].shape
+        module.load_state_dict(expected.state_dict())
+        assert torch.equal(module(x)[0], expected(x)[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_default_dtype(name, defaults):
     torch.set_default_dtype(torch.float64)
-    try:
-        assert all(p.dtype == torch.float64 for p in MODULES[name].build().parameters())
-    finally:
-        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == torch.float64 for p in MODULES[name].build().parameters())
+    torch.set_default_dtype(torch.float32)
     module, x = MODULES[name].make()
     moved = module.to(torch.float64)
     loss(moved(x.double())).backward()

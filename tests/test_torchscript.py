@@ -8,7 +8,7 @@ import torch
 
 from convrnn.ops._library import LIBRARY
 
-from .modules import MODULES, tensors
+from .modules import SCRIPTABLE, tensors
 
 pytestmark = pytest.mark.compiled
 
@@ -35,7 +35,7 @@ def test_archives_in_a_fresh_process(alone, device, tmp_path):
     if device != "cpu":
         pytest.skip("the library alone holds the CPU kernels")
     paths = []
-    for name, case in MODULES.items():
+    for name, case in SCRIPTABLE.items():
         module, x = case.make()
         path = str(tmp_path / f"{name}.pt")
         torch.jit.script(module).save(path)
@@ -49,9 +49,9 @@ def test_archives_in_a_fresh_process(alone, device, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(LIBRARY), *paths], check=True, cwd="/")
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SCRIPTABLE)
 def test_frozen_and_optimised_for_inference(name, device):
-    module, x = MODULES[name].make(device)
+    module, x = SCRIPTABLE[name].make(device)
     frozen = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.script(module.eval())))
     with torch.no_grad():
         for _ in range(2):  # the profiling executor optimises after a first call

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from convrnn.ops._check import check_dense
+
 _TUPLES = {1: "a tuple of one", 2: "a pair (height, width)", 3: "a triple (depth, height, width)"}
 
 
@@ -111,9 +113,10 @@ def as_probability(name: str, value: Any) -> float:
 
 
 def check_input(x: Tensor, layout: str, channels: int) -> None:
-    """Raises unless ``x`` has the dimensions of ``layout``, say "(B, S, size)", and ``channels`` at index 2."""
+    """Raises unless ``x`` is dense and has the dimensions of ``layout``, say "(B, S, size)", and ``channels`` at index 2."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor {layout}, got {type(x).__name__}")
+    check_dense("x", x)
     if x.dim() != layout.count(",") + 1 or x.shape[2] != channels:
         raise ValueError(f"x must be {layout} with {channels} channels at dim 2, got shape {list(x.shape)}")
 
@@ -139,6 +142,7 @@ def check_shape(name: str, h: Tensor, expected: list[int]) -> None:
     """Raises unless the state ``h`` has the shape ``expected``."""
     if not isinstance(h, Tensor):
         raise TypeError(f"{name} must be a Tensor of shape {expected}, got {type(h).__name__}")
+    check_dense(name, h)
     if list(h.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {list(h.shape)}")
 
@@ -148,6 +152,7 @@ def check_clip(x: Tensor, spatial_dims: int, channels: int, batch_first: bool) -
     clip = "(B, T, input_size, *S)" if batch_first else "(T, B, input_size, *S)"
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor {clip}, got {type(x).__name__}")
+    check_dense("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point Tensor, got {x.dtype}")
     frame = x.dim() == spatial_dims + 2

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops._check import check_floating, check_mask, check_same_device, check_same_dtype
+from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
 
 from ._checks import (
     as_bool,
@@ -269,7 +269,7 @@ class ConvGRU(nn.Module):
             x = x.transpose(0, 1)
             reset = reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() == 2 else reset
         layer: Any = self.layers[0]
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_is_on(x.device.type):
             check_same_dtype("x", x, "the parameters", layer.W)
         check_states(h, self.num_layers * self.directions)
         batch, steps = x.shape[:2]

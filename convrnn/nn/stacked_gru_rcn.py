@@ -133,9 +133,9 @@ class StackedGRU_RCN(nn.Module):
         for x, channels in zip(xs, self.in_channels, strict=True):
             check_input(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", channels)
         maps = [x if self.batch_first else x.transpose(0, 1) for x in xs]
-        steps = {tuple(x.shape[:2]) for x in maps}
-        if len(steps) > 1:
-            raise ValueError(f"xs must hold maps of one batch and number of frames, got {sorted(steps)}")
+        leads = [list(x.shape[:2]) for x in maps]  # compared and not hashed: sizes are symbols under torch.export
+        if any(lead != leads[0] for lead in leads):
+            raise ValueError(f"xs must hold maps of one batch and number of frames, got {leads}")
         return maps
 
     def extra_repr(self) -> str:

@@ -224,47 +224,59 @@ def second_order(
 
     Entries of J(p) u are None where v is.
     """
-    moving = {i: p for i, p in enumerate(primals) if p is not None and wanted[i]}
     used = {i: v for i, v in enumerate(cotangents) if v is not None}
 
-    def along(*moved: Tensor) -> tuple[Tensor, ...]:
-        at = list(primals)
-        for i, p in zip(moving, moved, strict=True):
-            at[i] = p
+    def along(*at: Maybe) -> tuple[Tensor, ...]:
         tangents = jvp(at, directions)
         return tuple(tangents[i] for i in used)  # type: ignore[misc]
 
-    tangents, gradients = pull_back(along, list(moving.values()), list(used.values()))
+    tangents, dp = pull_back(along, primals, list(used.values()), wanted)
     dv: list[Maybe] = [None] * len(cotangents)
-    dp: list[Maybe] = [None] * len(primals)
     for i, tangent in zip(used, tangents, strict=True):
         dv[i] = tangent
-    for i, gradient in zip(moving, gradients, strict=True):
-        dp[i] = gradient
     return dv, dp
 
 
 def pull_back(
-    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], cotangents: list[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Maybe]]:
-    """``function(*inputs)`` and the gradients of its inner product with ``cotangents``, themselves differentiable."""
-    if not inputs:
-        return function(), []
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Maybe],
+    cotangents: list[Tensor],
+    wanted: Sequence[bool],
+) -> tuple[Sequence[Tensor], list[Maybe]]:
+    """``function(*inputs)``, and the gradients of its inner product with ``cotangents``, themselves differentiable, for
+    those inputs that are wanted; None for the others."""
+    moving = {i: x for i, x in enumerate(inputs) if x is not None and wanted[i]}
+    gradients: list[Maybe] = [None] * len(inputs)
+
+    def moved(*values: Tensor) -> tuple[Tensor, ...]:
+        at = list(inputs)
+        for i, x in zip(moving, values, strict=True):
+            at[i] = x
+        return function(*at)
+
+    if not moving:
+        return moved(), gradients
     if torch._C._are_functorch_transforms_active():
-        outputs, pull = torch.func.vjp(function, *inputs)  # type: ignore[misc]
-        return outputs, pull(tuple(cotangents))
-    # torch.func.vjp refuses to run under saved-tensor hooks; this does not
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        tracked = [x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        outputs = function(*tracked)
-        pairs = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad]
-        gradients: Sequence[Maybe] = [None] * len(inputs)
-        if pairs:
-            gradients = torch.autograd.grad(
-                [y for y, _ in pairs], tracked, [v for _, v in pairs], allow_unused=True, create_graph=create_graph
-            )
-    return (outputs if create_graph else [y.detach() for y in outputs]), gradients
+        outputs, pull = torch.func.vjp(moved, *moving.values())  # type: ignore[misc]
+        found: Sequence[Maybe] = pull(tuple(cotangents))
+    else:  # torch.func.vjp refuses to run under saved-tensor hooks; this does not
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            tracked = [
+                x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+                for x in moving.values()
+            ]
+            outputs = moved(*tracked)
+            pairs = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad]
+            found = [None] * len(tracked)
+            if pairs:
+                found = torch.autograd.grad(
+                    [y for y, _ in pairs], tracked, [v for _, v in pairs], allow_unused=True, create_graph=create_graph
+                )
+        outputs = outputs if create_graph else [y.detach() for y in outputs]
+    for i, gradient in zip(moving, found, strict=True):
+        gradients[i] = gradient
+    return outputs, gradients
 
 
 def zeros_if_none(tangents: Sequence[Maybe], inputs: Sequence[Any]) -> list[Any]:

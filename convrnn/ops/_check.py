@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """TypeError if ``x`` is a nested or a sparse tensor, most of which do not even have a shape."""
+    if not torch.jit.is_scripting() and (x.is_nested or x.layout != torch.strided):
+        kind = "nested" if x.is_nested else f"{x.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
+
+
 def check_floating(name: str, x: Tensor) -> None:
     """TypeError unless ``x`` is a tensor of a dtype and layout that the kernels take."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x)}")
-    if not torch.jit.is_scripting() and (x.is_nested or x.layout != torch.strided):
-        kind = "nested" if x.is_nested else f"{x.layout}"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got a {kind} one")
+    check_dense(name, x)
     if x.dtype not in [torch.float32, torch.float64, torch.bfloat16, torch.float16]:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
@@ -53,3 +58,8 @@ def check_mask(
         raise ValueError(f"{name} must have shape {expected}, got {list(mask.shape)}")
     if flags:
         check_same_device(name, mask, other_name, other)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on for the device; on one that knows none, like meta, it never is."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from ._check import autocast_is_on
+
 BACKENDS = ("auto", "triton")
 GRU_STEPS = ("cudnn", "gemm", "auto")
 
@@ -104,8 +106,7 @@ def autocast_kernel(op: str, inputs: tuple[Any, ...]) -> Callable[..., Any] | No
     if kernel is None:
         return None
     device_type = next(x.device.type for x in inputs if isinstance(x, torch.Tensor))
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return functools.partial(kernel, device_type) if on else None
+    return functools.partial(kernel, device_type) if autocast_is_on(device_type) else None
 
 
 def register_kernel(op: str, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:

@@ -233,7 +233,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _pull_back(formula: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(pull_back(formula, list(ctx.saved_tensors), list(gradients))[1])
+        saved = ctx.saved_tensors
+        return tuple(pull_back(formula, saved, list(gradients), ctx.needs_input_grad[: len(saved)])[1])
 
     return backward
 

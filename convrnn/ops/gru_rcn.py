@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
-from ._check import check_floating, check_same_device, check_same_dtype, check_shape
+from ._check import autocast_is_on, check_floating, check_same_device, check_same_dtype, check_shape
 from ._gru_rcn_tangent import StandIn, forward_and_jvp, jvp, odd, restore
 from ._library import GRU_STEP, register_autocast, register_triton
 
@@ -75,13 +75,8 @@ def gru_rcn(
     """
     _check_shapes(x, h0, W, U, C, bias)
     if not torch.jit.is_scripting():  # which knows no autocast by device; there the op finds the wrong dtype
-        device_type = x.device.type
-        checked_later = (
-            torch.compiler.is_compiling()
-            or (  # a compiled graph checks in the fake kernel, behind autocast
-                torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-            )
-        )
+        # a compiled graph checks in the fake kernel, behind autocast
+        checked_later = torch.compiler.is_compiling() or autocast_is_on(x.device.type)
         if not checked_later:
             _check_dtypes(x, W, U, C, bias)
     keep = not recompute and _needs_gradient([x, h0, W, U, C, bias])

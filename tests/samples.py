@@ -1,11 +1,20 @@
 """Inputs of every op for the tests of registration: dtypes, strides, optional arguments."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 
 def _randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
+
+
+def grown(arguments: Iterable[object]) -> tuple[object, ...]:
+    """The arguments with leaves in place of the tensors that can have a gradient."""
+    return tuple(
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    )
 
 
 def _upstream(y: Tensor, kind: int) -> Tensor:
@@ -45,12 +54,14 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
             (randn(2, 6, 4), randn(2, 6, 4), randn(2, 3, 4)),
             (randn(2, 8, 4)[:, :6], randn(2, 6, 4), randn(2, 3, 4)),
             tuple(channels_last(randn(2, channels, 3, 2)) for channels in (6, 6, 3)),
+            (randn(2, 6, 4, 5), channels_last(randn(2, 6, 4, 5)), randn(2, 3, 4, 5)),
         ]
     if op == "gru_update":
         return [
             tuple(randn(2, 3, 4) for _ in range(4)),
             (randn(2, 6, 4)[:, 3:], *(randn(2, 3, 4) for _ in range(3))),
             tuple(channels_last(randn(2, 3, 4, 2)) for _ in range(4)),
+            (randn(2, 3, 4, 5), channels_last(randn(2, 3, 4, 5)), *(randn(2, 3, 4, 5) for _ in range(2))),
         ]
     if op == "gru_rcn":
         weights = randn(9, 2, 3, 3), randn(6, 3, 3, 3), randn(3, 3, 3, 3)

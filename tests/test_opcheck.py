@@ -7,7 +7,7 @@ from convrnn.info import OPS
 
 from .compare import DTYPES
 from .conftest import INTERPRETED
-from .samples import backward_samples, forward_samples
+from .samples import backward_samples, forward_samples, grown
 
 QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 # Traced and eager gradients of 16-bit dtypes differ by rounding, and so do sums over pixels in another order.
@@ -22,10 +22,6 @@ def samples(op, device, dtype):
     if op.endswith("_backward"):
         return backward_samples(op.removesuffix("_backward"), device, dtype)
     return forward_samples(op, device, dtype)
-
-
-def grown(arguments):
-    return tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
 @each_dtype

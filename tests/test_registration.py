@@ -8,41 +8,8 @@ import torch
 import convrnn
 from convrnn.info import OPS
 
-from .samples import backward_samples, forward_samples
+from .samples import backward_samples, forward_samples, grown
 
-<<<<<<< HEAD
-F32 = torch.float32
-
-
-def differentiable(argument):
-    """A leaf, where the argument is a tensor that can have a gradient."""
-    floating = isinstance(argument, torch.Tensor) and argument.is_floating_point()
-    return argument.detach().requires_grad_() if floating else argument
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_forward(op, dtype, device):
-    overload = getattr(torch.ops.convrnn, op).default
-    for arguments in forward_samples(op, device, dtype):
-        grown = [differentiable(a) for a in arguments]
-        torch.library.opcheck(overload, tuple(arguments))
-        # gradients of 16-bit dtypes differ between eager and traced decompositions by rounding
-        utils = None if dtype == F32 else ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(overload, tuple(grown), **({} if utils is None else {"test_utils": utils}))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_opcheck_backward(op, device):
-    overload = getattr(torch.ops.convrnn, f"{op}_backward").default
-    for arguments in backward_samples(op, device):
-        torch.library.opcheck(overload, arguments)
-        grown = tuple(differentiable(a) for a in arguments)
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(overload, grown, test_utils=utils)
-
-=======
->>>>>>> citizen
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -141,14 +108,8 @@ def test_compile_fullgraph(op, dynamic, device):
     """Without the optional arguments and with them; what strides and ranks make of it is opcheck's."""
     torch._dynamo.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
-<<<<<<< HEAD
-    for arguments in forward_samples(op, device):
-        eager, traced = ([differentiable(a) for a in copy.deepcopy(arguments)] for _ in range(2))
-=======
     for arguments in forward_samples(op, device)[:2]:
-        eager = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-        traced = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in eager]
->>>>>>> citizen
+        eager, traced = (grown(copy.deepcopy(arguments)) for _ in range(2))
         expected, got = _loss(PUBLIC[op](eager)), _loss(compiled(traced))
         torch.testing.assert_close(got, expected)
         expected.backward()

@@ -71,11 +71,11 @@ def _mingru(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None 
         out, h_n = _over_time(lambda h, keep, new: keep * h + new, first, (keep, new))
     else:
         held = has_bit(codes, HOLD, gate)
-        restart = has_bit(codes, RESTART, gate).to(dtype)  # an entry of bool loses its meta value when it is decomposed
+        restart = has_bit(codes, RESTART, gate)
         sequences = torch.where(held, 1.0, keep), torch.where(held, 0.0, new), restart
 
         def step(h: Tensor, keep: Tensor, new: Tensor, restart: Tensor) -> Tensor:
-            return keep * torch.where(restart > 0, 0.5, h) + new
+            return keep * torch.where(restart, 0.5, h) + new
 
         out, h_n = _over_time(step, first, sequences)
     return out.to(gate_hidden.dtype), h_n.to(gate_hidden.dtype if h0 is None else h0.dtype).clone()

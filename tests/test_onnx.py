@@ -28,6 +28,7 @@ def run(path, *inputs):
 
 
 def export(module, inputs, shapes, path):
+    torch._dynamo.reset()  # it compiles the scan's step, and gives up where it did so eight times
     with torch.no_grad():
         program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
     program = program.run_decompositions(convrnn.onnx.decomposition_table())

@@ -71,8 +71,13 @@ def _mingru(gate_hidden: Tensor, h0: Tensor | None = None, codes: Tensor | None 
         out, h_n = _over_time(lambda h, keep, new: keep * h + new, first, (keep, new))
     else:
         held = has_bit(codes, HOLD, gate)
-        sequences = torch.where(held, 1.0, keep), torch.where(held, 0.0, new), has_bit(codes, RESTART, gate)
-        out, h_n = _over_time(lambda h, keep, new, restart: keep * torch.where(restart, 0.5, h) + new, first, sequences)
+        restart = has_bit(codes, RESTART, gate)
+        sequences = torch.where(held, 1.0, keep), torch.where(held, 0.0, new), restart
+
+        def step(h: Tensor, keep: Tensor, new: Tensor, restart: Tensor) -> Tensor:
+            return keep * torch.where(restart, 0.5, h) + new
+
+        out, h_n = _over_time(step, first, sequences)
     return out.to(gate_hidden.dtype), h_n.to(gate_hidden.dtype if h0 is None else h0.dtype).clone()
 
 

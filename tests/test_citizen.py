@@ -18,7 +18,11 @@ from .differentiable import CASES, loss
 from .modules import MODULES
 from .samples import forward_samples
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+# Nothing here asks which kernel computes.
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+]
 
 OPS = ["mingru-h0", "log_scan", "gru_gates", "gru_update", "gru_rcn-h0-bias", "gru_rcn-recompute"]
 
@@ -47,7 +51,6 @@ def test_saved_tensor_hooks(name, device):
         assert_same(gradients_of(case.ours, inputs), gradients_of(case.reference, inputs))
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("name", OPS)
 def test_checkpoint(name, device):
     case, inputs = CASES[name], CASES[name].inputs(device)
@@ -59,7 +62,6 @@ def test_checkpoint(name, device):
     assert_same([x.grad for x in leaves], expected[: len(leaves)])
 
 
-@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
 @pytest.mark.parametrize("name", OPS)
 def test_anomaly_mode(name, device):
@@ -71,7 +73,6 @@ def test_anomaly_mode(name, device):
             outputs[0].sum().backward()
 
 
-@pytest.mark.compiled
 @pytest.mark.parametrize("name", OPS)
 def test_deterministic_algorithms(name, device):
     if device == "cuda":

@@ -17,7 +17,8 @@ class StackedGRU_RCN(nn.Module):
     """z = s(W_z*x + V_z*g + U_z*h), r = s(W_r*x + V_r*g + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c a level.
 
     x is the level's own feature map and g the new state of the level below at the same frame, max-pooled to the size of
-    this level; the lowest level has none. z near 1 takes the candidate c, z near 0 keeps the state h.
+    this level; the lowest level has none. z near 1 takes the candidate c, z near 0 keeps the state h. Each level is one op
+    over the sequence (:func:`convrnn.gru_rcn`).
 
     Parameters: those of GRU_RCN for each level, in ``levels``, and ``bottom_up`` (2*Oh, Oh below, kh, kw) packed z, r
     for each level but the lowest.

@@ -38,7 +38,7 @@ class Formulas(NamedTuple):
     jvp: Callable[..., Tensors]  # (inputs, outputs, tangents of the inputs) -> a tangent for each output
     vmap: Vmap  # torch.autograd.Function.vmap
     setup_reverse: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None] | None = None
-    """In place of ``setup_context`` where reverse mode alone follows, outside of transforms: it may save what is made there."""
+    """In place of ``setup_context`` where reverse mode alone follows, outside of transforms: it may save what it makes."""
 
 
 class Forward(NamedTuple):

@@ -185,7 +185,8 @@ def test_cuda_traces_to_opaque_calls(op):
             expected = tensors(f(*arguments))
             with FakeTensorMode():
                 fakes = [
-                    torch.empty_strided(a.shape, a.stride(), device="cuda") if is_tensor(a) else a for a in arguments
+                    torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") if is_tensor(a) else a
+                    for a in arguments
                 ]
                 graph = make_fx(lambda *moved, f=f: f(*moved))(*fakes).graph
                 found = tensors(f(*fakes))
@@ -201,6 +202,7 @@ def test_cuda_traces_to_opaque_calls(op):
 FUNCTIONS = {
     "mingru_gate_hidden": lambda x: convrnn.mingru_gate_hidden(x, x + 1, x[:, :1] * 2),
     "mingru": lambda x: convrnn.mingru(x)[0],
+    "mingru-masks": lambda x: convrnn.mingru(x, None, x.flatten(2)[:, :, 0] > 0.5, x.flatten(2)[:, :, 1] < 0)[0],
     "parallel_scan_log": lambda x: convrnn.parallel_scan_log(x[:, 1:], x),
     "gru_rcn": lambda x: convrnn.gru_rcn(x, None, *(torch.ones(s, device=x.device) / 9 for s in WEIGHTS))[0],
 }

@@ -127,7 +127,7 @@ def recur(
     projection: Tensor,
     h: Tensor,
     gates: Callable[[Tensor], Tensor],
-    candidate: Callable[[Tensor], Tensor],
+    candidate: Callable[[Tensor], Tensor] | None,
     *,
     reset_after: bool = False,
     keep: Tensor | None = None,
@@ -143,7 +143,8 @@ def recur(
         projection: (B, T, 3*C, *S), what z, r and c take from the input, biases included.
         h: (B, C, *S), the state before the first frame.
         gates: the recurrent convolutions of z and r: (B, C, *S) -> (B, 2*C, *S).
-        candidate: that of c: (B, C, *S) -> (B, C, *S), its bias included.
+        candidate: that of c: (B, C, *S) -> (B, C, *S), its bias included; None with ``reset_after`` where ``gates``
+            computes it too, (B, 3*C, *S), for there all three read the same state.
         reset_after: c = tanh(x_c + r . candidate(h)) instead of tanh(x_c + candidate(r . h)).
         keep: (B, C, *S), factors of the state that the recurrent convolutions read.
         zoneout: probability that an element keeps its state; its expectation where not ``training``.
@@ -164,8 +165,10 @@ def recur(
         read = state if keep is None else state * keep
         hp = gates(read.to(dtype)).to(dtype)
         if reset_after:  # r . (C*h) is what the gates' op computes when C*h stands in for the state
-            z, _, hc = gru_gates(frame[:, : 2 * features], hp, candidate(read.to(dtype)).to(dtype))
+            ch = hp[:, 2 * features :] if candidate is None else candidate(read.to(dtype)).to(dtype)
+            z, _, hc = gru_gates(frame[:, : 2 * features], hp[:, : 2 * features], ch)
         else:
+            assert candidate is not None
             z, _, rh = gru_gates(frame[:, : 2 * features], hp, read)
             hc = candidate(rh).to(dtype)
         if zoneout > 0.0:
@@ -307,11 +310,12 @@ class GRULayer(GRUParameters):
         if not walks:
             return gru_rcn(projection, h, None, self.U, self.C, recompute=self.recompute)
         assert h is not None
+        packs = self.reset_after and self.norm_U is None and self.recurrent.groups == 1 and self.U_depthwise is None
         return recur(
             projection,
             h,
-            self.project_gates,
-            self.project_candidate,
+            self._packed() if packs else self.project_gates,
+            None if packs else self.project_candidate,
             reset_after=self.reset_after,
             keep=F.dropout(torch.ones_like(h, dtype=state_dtype(projection)), dropout) if dropout > 0.0 else None,
             zoneout=self.zoneout,
@@ -335,6 +339,13 @@ class GRULayer(GRUParameters):
 
     def project_candidate(self, h: Tensor) -> Tensor:
         return self._normalise(self.norm_C, self.recurrent(h, self.C, self.C_depthwise), self.recurrent_bias)
+
+    def _packed(self) -> Callable[[Tensor], Tensor]:
+        """Both recurrent convolutions in one."""
+        weight, bias = torch.cat((self.U, self.C)), self.recurrent_bias
+        if bias is not None:
+            bias = F.pad(bias, (2 * self.hidden_size, 0))
+        return lambda h: self.recurrent(h, weight, None, bias)
 
     def _normalise(self, norm: nn.Module | None, x: Tensor, bias: Tensor | None) -> Tensor:
         """The bias comes last: a normalisation over the channels of a gate would take a constant of theirs away."""

@@ -73,8 +73,9 @@ def speedup(results: Results) -> Figure | None:
     rows = [row for row in tabled if row.ours and row.verdict]
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        gru = row.op.lower().startswith("gru_")
-        title = "GRU-RCN (B, T, Ox, Oh, H, W), its gates (B, C, H, W)" if gru else "minGRU (B, T, C) or (B, T, C, H, W)"
+        title = "minGRU (B, T, C) or (B, T, C, H, W)"
+        if any(name in row.op.lower() for name in ("gru_", "convgru")):
+            title = "GRU-RCN and ConvGRU (B, T, Ox, Oh, H, W), gates (B, C, H, W), stack (B, T, C, H, W)"
         how = GRAPH if row.provider.endswith(GRAPH) else ""
         panels.setdefault(title, {}).setdefault(row.case.removesuffix(" float32") + how, []).append(row)
     if not panels:

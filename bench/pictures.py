@@ -75,7 +75,7 @@ def speedup(results: Results) -> Figure | None:
     for row in rows:
         title = "minGRU (B, T, C) or (B, T, C, H, W)"
         if any(name in row.op.lower() for name in ("gru_", "convgru")):
-            title = "GRU-RCN and ConvGRU (B, T, Ox, Oh, H, W), gates (B, C, H, W), stack (B, T, C, H, W)"
+            title = "GRU-RCN, ConvGRU (B, T, Ox, Oh, H, W); gates (B, C, H, W)"
         how = GRAPH if row.provider.endswith(GRAPH) else ""
         panels.setdefault(title, {}).setdefault(row.case.removesuffix(" float32") + how, []).append(row)
     if not panels:

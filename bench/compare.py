@@ -15,7 +15,6 @@ the margin, on the same side, both times, and the figures shown are those of the
 import argparse
 import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from . import builds, machine
 from .builds import Unusable
 from .case import Case
 from .cases import add_options, select
+from .results import CONFIDENCE, interval
 
 WORKER = Path(__file__).with_name("worker.py")
 OUTPUT = machine.ROOT / "bench" / "results" / "latest" / "compare.json"
@@ -44,7 +44,6 @@ WIDTH = 160
 INTERRUPTED = 130  # as a shell has it
 
 MARGIN = 0.05  # what processes of the same code may differ by: where their memory lies
-CONFIDENCE = 0.95
 ROUNDS = 11  # at least; twice as many in a repetition
 PATIENCE_S = 1.0  # for as long more rounds are added where the interval spans a margin; twice as long in a repetition
 REPETITIONS = 2  # of suspects, in fresh processes
@@ -113,17 +112,6 @@ def found_side(rounds: list[Round]) -> int | None:
     """The side that the whole interval lies on; None where it spans two."""
     low, high = map(beyond, interval(ratios(rounds)))
     return low if low == high else None
-
-
-def interval(samples: list[float]) -> tuple[float, float]:
-    """The narrowest interval of order statistics that holds the true median with CONFIDENCE; all of few samples."""
-    count, cut, tail = len(samples), 0, 2 * 0.5 ** len(samples)
-    while tail <= 1 - CONFIDENCE:
-        cut += 1
-        tail += 2 * math.comb(count, cut) * 0.5**count
-    ordered = sorted(samples)
-    cut = max(cut - 1, 0)
-    return ordered[cut], ordered[count - 1 - cut]
 
 
 class Worker:

@@ -181,8 +181,9 @@ def task(what: str, provider: Provider, problem: Problem) -> Task:
     return step
 
 
-def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[Key, list[float]]:
-    """What ``clock`` gives for each task in each round, the tasks taking turns, each round starting with another one.
+def by_turns(tasks: dict[Key, Task], rounds: int, first: int, device: torch.device) -> dict[Key, list[float]]:
+    """What ``clock`` gives for each task in each round, the tasks taking turns; a round starts one task later than the one
+    before, the first round with task ``first``.
 
     A round before that is not timed: until each has run beside the others the allocator takes fresh pages.
     """
@@ -190,6 +191,7 @@ def by_turns(tasks: dict[Key, Task], rounds: int, device: torch.device) -> dict[
         task()
     turns: dict[Key, list[float]] = {key: [] for key in tasks}
     order = list(tasks)
+    order = order[first % len(order) :] + order[: first % len(order)]
     for number in range(rounds):
         for key in order:
             if number == 0 or turns[key][0] < SLOW_MS:

@@ -91,7 +91,7 @@ def speedup(results: Results) -> Figure | None:
         sum(heights) + 0.55 * len(heights) + 0.45,
     )
     grid = body.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    low, high = min(1, *(row.speedup_p20 for row in rows)), max(1, *(row.speedup_p80 for row in rows))
+    low, high = min(1, *(row.speedup_low for row in rows)), max(1, *(row.speedup_high for row in rows))
     room = max(1.25, (high / low) ** 0.13)  # for a number at either end
     grid[0].set(xscale="log", xlim=(min(0.65, low / room), high * room))
     for axes, (title, cases) in zip(grid, panels.items(), strict=True):
@@ -117,9 +117,9 @@ def bars(axes: Axes, cases: dict[str, list[Row]]) -> None:
         for row in rows:
             middle, lost = y + BAR / 2, row.speedup < 1
             axes.barh(middle, row.speedup - 1, BAR, 1, color=PASSES[row.what], edgecolor="white", linewidth=0.5)
-            axes.plot((row.speedup_p20, row.speedup_p80), (middle, middle), color="black", linewidth=1)
+            axes.plot((row.speedup_low, row.speedup_high), (middle, middle), color="black", linewidth=1)
             if lost or row is rows[-1]:
-                end = min(row.speedup, row.speedup_p20) if lost else max(row.speedup, row.speedup_p80)
+                end = min(row.speedup, row.speedup_low) if lost else max(row.speedup, row.speedup_high)
                 digits = max(0, (1 if lost else 2) - math.floor(math.log10(row.speedup)))
                 look = {"ha": "right", "color": VERMILION, "weight": "bold"} if lost else {"ha": "left"}
                 axes.text(end, middle, f" {row.speedup:.{digits}f} ", va="center_baseline", fontsize=8, **look)

@@ -12,7 +12,7 @@ from .results import Results, Row
 
 WIDTH = 176  # the table's; a narrower terminal wraps it
 LEGEND = (
-    "ms: median (p20-p80) of turns spread over the run; x: the best baseline's time over this one's, side by side; GB/s: bytes "
+    "ms: median (p20-p80) of turns spread over the run; x: the best baseline's time over this one's, in the same sweep; GB/s: bytes "
     "that cannot be avoided; kept: for backward; peak: memory a training step adds; floors: "
     "forward / step over the time that their bytes alone (torch.add beside it, or the copy's rate) or their arithmetic (the peak) "
     "take; rates: of the last pass shown. Yellow "
@@ -124,4 +124,4 @@ def verdicts(rows: list[Row]) -> str:
 
 
 def spread(row: Row) -> str:
-    return f"{ratio(row.speedup_p20)}-{ratio(row.speedup_p80)}"
+    return f"{ratio(row.speedup_low)}-{ratio(row.speedup_high)}"

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from .case import GRAPH, OURS
+
+CONFIDENCE = 0.95  # of an interval that is to hold the true median
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Row:
         kept_bytes: what the forward keeps for the backward beside inputs and parameters.
         peak_bytes: memory that a training step adds at its peak.
         floor_ms: time that moving the same bytes took beside it, where that was timed.
-        speedup, speedup_p20, speedup_p80: how many times the best baseline's time it takes less, within sweeps.
+        speedup, speedup_low, speedup_high: how many times the best baseline's time it takes less: median of the sweeps,
+            and the interval that holds the true one.
     """
 
     case: str
@@ -49,8 +53,8 @@ class Row:
     peak_bytes: int | None = None
     floor_ms: float | None = None
     speedup: float | None = None
-    speedup_p20: float | None = None
-    speedup_p80: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
 
     @property
     def ms(self) -> float:
@@ -74,7 +78,7 @@ class Row:
         """On which side of 1 the spread of the speed-up lies: "faster", "slower" or "undecided"; "" without a baseline."""
         if self.speedup is None:
             return ""
-        return "faster" if self.speedup_p20 > 1 else "slower" if self.speedup_p80 < 1 else "undecided"
+        return "faster" if self.speedup_low > 1 else "slower" if self.speedup_high < 1 else "undecided"
 
     @property
     def gb_s(self) -> float:
@@ -143,7 +147,7 @@ class Results:
 
 CSV_COLUMNS = (
     *("case", "op", "shape", "dtype", "group", "provider", "what"),
-    *("ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80"),
+    *("ms", "p20_ms", "p80_ms", "speedup", "speedup_low", "speedup_high"),
     *("gb_s", "copy_share", "gflop_s", "peak_share", "floors", "error", "kept_bytes", "peak_bytes"),
 )
 
@@ -177,16 +181,34 @@ def add_speedups(rows: list[Row]) -> None:
     """Fills in the speed-ups of ``rows``: the best baseline's time over each row's.
 
     A ratio is taken within each sweep, so that what slows the whole machine for a while cancels. A CUDA graph runs without
-    launches: its rows are compared among themselves.
+    launches: its rows are compared among themselves. Turns of one sweep are no independent samples: they stand for
+    themselves where there is one sweep alone.
     """
     for row in rows:
         best = best_baseline(row, rows)
         if best is None:
             continue
-        samples: dict[int, list[float]] = {}
-        for ms, sweep in zip(best.samples_ms, best.sweeps, strict=True):
-            samples.setdefault(sweep, []).append(ms)
-        reference = {sweep: statistics.median(found) for sweep, found in samples.items()}
-        ratios = [reference.get(sweep, best.ms) / ms for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True)]
+        theirs, own = by_sweep(best), by_sweep(row)
+        pairs = own.items() if len(own) > 1 else zip(row.sweeps, row.samples_ms, strict=True)
+        ratios = [theirs.get(sweep, best.ms) / ms for sweep, ms in pairs]
         row.speedup = statistics.median(ratios)
-        row.speedup_p20, row.speedup_p80 = quantile(ratios, 0.2), quantile(ratios, 0.8)
+        row.speedup_low, row.speedup_high = interval(ratios)
+
+
+def by_sweep(row: Row) -> dict[int, float]:
+    """The median of each sweep's turns."""
+    turns: dict[int, list[float]] = {}
+    for ms, sweep in zip(row.samples_ms, row.sweeps, strict=True):
+        turns.setdefault(sweep, []).append(ms)
+    return {sweep: statistics.median(found) for sweep, found in turns.items()}
+
+
+def interval(samples: list[float]) -> tuple[float, float]:
+    """The narrowest interval of order statistics that holds the true median with CONFIDENCE; all of few samples."""
+    count, cut, tail = len(samples), 0, 2 * 0.5 ** len(samples)
+    while tail <= 1 - CONFIDENCE:
+        cut += 1
+        tail += 2 * math.comb(count, cut) * 0.5**count
+    ordered = sorted(samples)
+    cut = max(cut - 1, 0)
+    return ordered[cut], ordered[count - 1 - cut]

@@ -40,8 +40,8 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(sweeps=1, rounds=3, compile=False, exhaustive=False),
-    "default": Effort(sweeps=3, rounds=2, compile=True, exhaustive=False),
-    "full": Effort(sweeps=6, rounds=3, compile=True, exhaustive=True),
+    "default": Effort(sweeps=5, rounds=1, compile=True, exhaustive=False),
+    "full": Effort(sweeps=6, rounds=2, compile=True, exhaustive=True),
 }
 
 
@@ -96,7 +96,7 @@ class Bench:
         for case in self.cases:
             problem = concrete(case, self.effort, self.device)
             subject = self.prepare(case, problem)
-            subject.add(0, timed(case, problem, subject.keys(0), self.effort, self.device))
+            subject.add(0, timed(case, problem, subject.keys(0), self.effort, 0, self.device))
             self.results.rows += subject.rows.values()
             subjects.append(subject)
             yield case
@@ -118,7 +118,7 @@ class Bench:
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=repeat, args=(sender, wanted, self.effort, self.device, torch.get_num_threads()), daemon=True
+            target=repeat, args=(sender, wanted, self.effort, sweep, self.device, torch.get_num_threads()), daemon=True
         )
         process.start()
         sender.close()  # so that its end is noticed
@@ -202,18 +202,18 @@ def concrete(case: Case, effort: Effort, device: torch.device) -> Problem:
     return problem
 
 
-def timed(case: Case, problem: Problem, keys: list[Key], effort: Effort, device: torch.device) -> Turns:
+def timed(case: Case, problem: Problem, keys: list[Key], effort: Effort, sweep: int, device: torch.device) -> Turns:
     """One sweep's turns of the passes in ``keys``, and of the case's floors."""
     tasks = {}
     for name, what in keys:
         task = measure.task(what, problem.providers[name.removesuffix(GRAPH)], problem)
         tasks[name, what] = measure.captured(task)[0] if name.endswith(GRAPH) else task
     tasks |= {(FLOOR, what): task for what, task in problem.floors.items() if what in case.passes}
-    return measure.by_turns(tasks, effort.rounds, device)
+    return measure.by_turns(tasks, effort.rounds, sweep, device)
 
 
 def repeat(
-    replies: Connection, wanted: dict[str, list[Key]], effort: Effort, device: torch.device, threads: int
+    replies: Connection, wanted: dict[str, list[Key]], effort: Effort, sweep: int, device: torch.device, threads: int
 ) -> None:
     """A further sweep, as a process: sends the turns of each case in ``wanted``, in its order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked decides
@@ -221,4 +221,4 @@ def repeat(
     cases = {case.name: case for case in all_cases()}
     for name, keys in wanted.items():
         problem = concrete(cases[name], effort, device)
-        replies.send(timed(cases[name], problem, keys, effort, device))
+        replies.send(timed(cases[name], problem, keys, effort, sweep, device))

@@ -81,7 +81,7 @@ def test_a_run_writes_what_it_measured(brief, tmp_path, capsys):
     }
     for row in results.rows:
         assert set(row.sweeps) == {0} and row.p20_ms <= row.ms <= row.p80_ms
-        assert row.speedup_p20 <= row.speedup <= row.speedup_p80
+        assert row.speedup_low <= row.speedup <= row.speedup_high
         assert row.error <= measure.TOLERANCE[torch.float32]
         assert row.floor_ms > 0 and results.floors(row) == row.ms / row.floor_ms
     lines = (tmp_path / "run.csv").read_text().splitlines()
@@ -240,7 +240,7 @@ def test_speedups_are_taken_within_sweeps():
     ours = row(OURS, [1.0, 1.0, 1.0, 10.0, 10.0], [0, 0, 0, 1, 1])
     slow, slower = row("a", [2.0, 20.0], [0, 1]), row("b", [99.0], [0])
     add_speedups([ours, slow, slower])
-    assert (ours.speedup_p20, ours.speedup, ours.speedup_p80) == (2.0, 2.0, 2.0)
+    assert (ours.speedup_low, ours.speedup, ours.speedup_high) == (2.0, 2.0, 2.0)
     assert slow.speedup == 1.0 and slower.speedup == pytest.approx(2 / 99)
 
 

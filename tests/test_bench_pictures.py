@@ -115,7 +115,7 @@ def test_what_cannot_be_drawn_is_left_out(tmp_path):
     assert draw(results(case("mingru", (1, 64, 8), "T")), tmp_path, "cpu") == []  # one point is no line
     alone = [row for row in case("mingru", (1, 64, 8), "op") if row.provider == "convrnn"]
     for row in alone:
-        row.speedup = row.speedup_p20 = row.speedup_p80 = None
+        row.speedup = row.speedup_low = row.speedup_high = None
     assert names(draw(results(alone), tmp_path, "cpu")) == ["roofline"]
     refused = results([row for row in everything().rows if row.provider == "plain"])
     assert names(draw(refused, tmp_path, "cpu")) == [name for name in EVERY if name.startswith("scaling")]

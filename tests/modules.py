@@ -38,6 +38,13 @@ SCRIPTABLE = {
         lambda **kw: convrnn.MinConv2dGRU(2, [4, 6], 3, strides=[1, 2], paddings=1, norm=True, residual=True, **kw),
         VIDEO,
     ),
+    "MinConv1dGRU": ModuleCase(
+        lambda **kw: convrnn.MinConv1dGRU(
+            2, 4, 3, paddings="same", groups=2, expand=1.5, learn_h0=True, bidirectional=True, residual=True, **kw
+        ),
+        (3, 5, 2, 7),
+    ),
+    "MinLSTM": ModuleCase(lambda **kw: convrnn.MinLSTM(2, 4, **kw), SEQUENCE),
     "Bidirectional-GRU_RCN": ModuleCase(lambda **kw: convrnn.Bidirectional(convrnn.GRU_RCN(2, 4, 3, **kw)), VIDEO),
     "Bidirectional-MinGRU": ModuleCase(
         lambda **kw: convrnn.Bidirectional(convrnn.MinGRU(2, 4, **kw), convrnn.MinGRU(2, 4, **kw)), SEQUENCE

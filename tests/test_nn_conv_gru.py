@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import convrnn
 from convrnn import GRU_RCN, ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell
 
-from .conv_gru_reference import reference
+from .layer_reference import reference
 
 B, T, IN = 3, 4, 4
 FAST = {"kernel_sizes": 3}
@@ -276,8 +276,8 @@ def test_copies_and_repr(device):
     for other in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), fresh):
         assert_close(other(x, h), rnn(x, h))
     for part in (
-        "4, hidden_sizes=[4], kernel_sizes=[(3, 3)]",
-        "strides=[(2, 2)]",
+        "4, hidden_sizes=[4], input=[{'kernel_size': (3, 3), 'stride': (2, 2)}]",
+        "recurrent=[{'kernel_size': (3, 3)}]",
         "bidirectional=True",
         "cell_norm=layer",
     ):

@@ -12,8 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from convrnn import MinConv2dGRU, MinConv2dGRUCell, reference
-from convrnn.nn.conv_mingru import keeps_size
+from convrnn import (
+    MinConv1dGRU,
+    MinConv1dGRUCell,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinConv3dGRUCell,
+    reference,
+)
+from convrnn.nn._convolution import Convolution
 
 B, S, SIZE, H, W = 2, 3, 3, 5, 4
 CASES = {
@@ -141,7 +149,32 @@ def test_norm_groups():
 def test_residual_decided_as_by_running_a_frame():
     for k, stride, padding in itertools.product(range(1, 8), range(1, 4), range(4)):
         same = F.conv2d(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, k, k), None, stride, padding).shape[2] == 16
-        assert keeps_size((k, k), (stride, stride), (padding, padding)) == same
+        assert Convolution((k, k), (stride, stride), ((padding, padding),) * 2).keeps_size == same
+
+
+@pytest.mark.parametrize("kind", [MinConv1dGRUCell, MinConv2dGRUCell, MinConv3dGRUCell])
+def test_a_cell_is_a_stack_of_one_layer(kind, device):
+    dims = kind.spatial_dims
+    options = {"dilation": 2, "groups": 2, "padding_mode": "circular", "padding": 1}
+    cell = kind(4, 6, 3, **options, device=device)
+    stack = {1: MinConv1dGRU, 2: MinConv2dGRU, 3: MinConv3dGRU}[dims]
+    rnn = stack(4, 6, 3, dilations=2, groups=2, padding_mode="circular", paddings=1, device=device)
+    rnn.load_state_dict({f"layers.0.{name[3:]}": value for name, value in cell.state_dict().items()})
+    x = torch.randn(B, S, 4, *[5] * dims, device=device)
+    assert_close(cell(x), rnn(x))
+    assert_close(cell.init_hidden_state(x), rnn.init_hidden_state(x))
+    scripted = torch.jit.script(cell)
+    assert_close(scripted(x), cell(x))
+
+
+def test_time_first(device):
+    torch.manual_seed(0)
+    options = {"paddings": "same", "norm": "layer", "residual": True, "bidirectional": True, "device": device}
+    rnn, other = MinConv1dGRU(3, [4, 6], 3, **options), MinConv1dGRU(3, [4, 6], 3, **options, batch_first=False)
+    other.load_state_dict(rnn.state_dict())
+    x = torch.randn(B, S, 3, 7, device=device)
+    out, h_n = other(x.transpose(0, 1))
+    assert_close((out.transpose(0, 1), h_n), rnn(x))
 
 
 @pytest.mark.compiled

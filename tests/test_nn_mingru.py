@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from convrnn import MinGRU, MinGRUCell, reference
+from convrnn import MinGRU, MinGRUCell, MinLSTM, reference
 
 B, S, SIZE = 2, 5, 3
 CASES = {
@@ -21,6 +21,7 @@ CASES = {
     "two": lambda **kw: MinGRU(SIZE, [4, 6], **kw),
     "all": lambda **kw: MinGRU(SIZE, [4, 4, 6], norm=True, residual=True, **kw),
 }
+OPTIONS = {"norm": "rms", "residual": True, "expand": 1.5, "learn_h0": True, "bidirectional": True}
 
 
 def build(case, device, dtype=torch.float64, **kwargs):
@@ -137,7 +138,7 @@ def test_keys(device):
     rnn.load_state_dict(checkpoint)
     assert_close(rnn.layers[2].res_align.weight.float().cpu(), checkpoint["layers.2.res_align.weight"])
     assert rnn.layer_sizes == (3, 4, 4, 6) and rnn.num_layers == 3
-    assert "3, hidden_sizes=[4, 4, 6], dropout=0.0, residual=True" in repr(rnn)
+    assert "3, hidden_sizes=[4, 4, 6], norm=True, residual=True" in repr(rnn)
 
 
 @pytest.mark.compiled
@@ -160,6 +161,53 @@ def test_copies_script_compile(case, device):
     assert_close(low[0].double(), scripted(x, h)[0], atol=0.1, rtol=0.05)
     meta = build(case, "meta")(x.to("meta"))
     assert meta[0].shape == low[0].shape and [s.shape for s in meta[1]] == [s.shape for s in h]
+
+
+@pytest.mark.parametrize("kind", [MinGRU, MinLSTM])
+def test_time_first_is_batch_first_transposed(kind, device):
+    torch.manual_seed(0)
+    rnn = kind(SIZE, [4, 6], **OPTIONS, device=device)
+    other = kind(SIZE, [4, 6], **OPTIONS, batch_first=False, device=device)
+    other.load_state_dict(rnn.state_dict())
+    x = torch.randn(B, S, SIZE, device=device)
+    h = [torch.randn_like(state) for state in rnn.init_hidden_state(x)]
+    masks = {"lengths": torch.tensor([S, 2], device=device), "reset": torch.rand(B, S, device=device) < 0.4}
+    expected = rnn(x, h, **masks)
+    out, h_n = other(x.transpose(0, 1), h, **masks | {"reset": masks["reset"].T})
+    assert_close((out.transpose(0, 1), h_n), expected)
+    assert [s.shape for s in other.init_hidden_state(x.transpose(0, 1))] == [s.shape for s in h]
+
+
+@pytest.mark.parametrize("kind", [MinGRU, MinLSTM])
+def test_initial_parameters(kind, device):
+    torch.manual_seed(0)
+    rnn = kind(SIZE, [64, 8], **OPTIONS, gate_bias="chrono", chrono_max=50, device=device)
+    gates = 3 if kind is MinLSTM else 2
+    layer = rnn.layers[0]
+    assert layer.gate_hidden.weight.shape == (gates * 96, SIZE) and layer.out_proj.weight.shape == (64, 96)
+    assert layer.reverse.gate_hidden.weight.shape == (gates * 96, SIZE) and (layer.h0 == 0.5).all()
+    bias = layer.gate_hidden.bias.unflatten(0, (gates, 96))
+    keeps, takes = (bias[0], bias[1]) if kind is MinLSTM else (-bias[0], bias[0])
+    assert keeps.min() >= 0 and keeps.exp().min() >= 1 and keeps.exp().max() <= 49 and keeps.exp().std() > 10
+    assert_close(takes, -keeps)
+    assert bias[-1].abs().max() <= SIZE**-0.5  # as torch.nn.Linear has it
+    before = {name: parameter.clone() for name, parameter in rnn.named_parameters()}
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.fill_(7.0)
+    rnn.reset_parameters()
+    assert not any((parameter == 7.0).any() for parameter in rnn.parameters())
+    assert torch.equal(before["layers.0.h0"], rnn.layers[0].h0)
+    assert (kind(SIZE, 4, gate_bias=-2.0, device=device).layers[0].gate_hidden.bias == -2.0).sum() == 4
+
+
+def test_scripted_with_every_option(device):
+    rnn = MinLSTM(SIZE, [4, 6], **OPTIONS, batch_first=False, device=device).eval()
+    x = torch.randn(S, B, SIZE, device=device)
+    lengths, reset = torch.tensor([S, 2], device=device), torch.rand(S, B, device=device) < 0.4
+    scripted = torch.jit.script(rnn)
+    assert_close(scripted(x, None, lengths, reset), rnn(x, None, lengths, reset))
+    assert_close(scripted.init_hidden_state(x), rnn.init_hidden_state(x))
 
 
 @pytest.mark.parametrize(

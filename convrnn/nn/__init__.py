@@ -2,9 +2,16 @@
 
 from .bidirectional import Bidirectional
 from .conv_gru import ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell, ConvGRUCell1d, ConvGRUCell3d, SepConvGRUCell
-from .conv_mingru import MinConv2dGRU, MinConv2dGRUCell
+from .conv_mingru import (
+    MinConv1dGRU,
+    MinConv1dGRUCell,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinConv3dGRUCell,
+)
 from .gru_rcn import GRU_RCN
-from .mingru import MinGRU, MinGRUCell
+from .mingru import MinGRU, MinGRUCell, MinLSTM
 from .stacked_gru_rcn import StackedGRU_RCN
 
 __all__ = [
@@ -16,10 +23,15 @@ __all__ = [
     "ConvGRUCell",
     "ConvGRUCell1d",
     "ConvGRUCell3d",
+    "MinConv1dGRU",
+    "MinConv1dGRUCell",
     "MinConv2dGRU",
     "MinConv2dGRUCell",
+    "MinConv3dGRU",
+    "MinConv3dGRUCell",
     "MinGRU",
     "MinGRUCell",
+    "MinLSTM",
     "SepConvGRUCell",
     "StackedGRU_RCN",
 ]

@@ -112,6 +112,15 @@ def as_probability(name: str, value: Any) -> float:
     return float(value)
 
 
+def as_positive(name: str, value: Any) -> float:
+    """Returns ``value`` as a finite float greater than zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
 def check_input(x: Tensor, layout: str, channels: int) -> None:
     """Raises unless ``x`` is dense and has the dimensions of ``layout``, say "(B, S, size)", and ``channels`` at index 2."""
     if not isinstance(x, Tensor):

@@ -1,7 +1,6 @@
 """One convolutional GRU layer in one direction: what GRU_RCN, StackedGRU_RCN and the ConvGRU family are made of."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,116 +10,10 @@ from torch import Tensor, nn
 from convrnn.ops import gru_gates, gru_rcn, gru_update
 
 from ..kernels.layout import state_dtype
+from ._convolution import Convolution
+from ._parts import Norm, fill_gate_bias, make_norm
 
-__all__ = ["Convolution", "GRULayer", "GRUParameters", "Norm", "make_norm"]
-
-Norm = bool | str | Callable[[int], nn.Module] | None
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution without its weights; ``padding`` holds (before, after) for each dimension, None is 'same'.
-
-    'Same' padding with a stride gives every stride-th pixel of the convolution without one. ``separable`` convolves
-    each channel on its own and then mixes the channels of each pixel.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[tuple[int, int], ...] | None = None
-    dilation: tuple[int, ...] = (1, 1)
-    groups: int = 1
-    mode: str = "zeros"
-    separable: bool = False
-
-    @property
-    def pads(self) -> tuple[tuple[int, int], ...]:
-        """Padding (before, after) of each dimension; an even kernel has one more after, as PyTorch's 'same' has."""
-        if self.padding is not None:
-            return self.padding
-        spans = [dilation * (kernel - 1) for dilation, kernel in zip(self.dilation, self.kernel, strict=True)]
-        return tuple((span // 2, span - span // 2) for span in spans)
-
-    @property
-    def keeps_size(self) -> bool:
-        """True if every input keeps its size."""
-        return set(self.stride) == {1} and all(
-            before + after == dilation * (kernel - 1)
-            for (before, after), dilation, kernel in zip(self.pads, self.dilation, self.kernel, strict=True)
-        )
-
-    @property
-    def fused(self) -> bool:
-        """True if this is the convolution of ``convrnn.gru_rcn``: dense, with 'same' padding of zeros."""
-        same = Convolution(self.kernel, dilation=(1,) * len(self.kernel)).pads
-        dense = self.groups == 1 and not self.separable and set(self.stride) == set(self.dilation) == {1}
-        return dense and self.pads == same and (self.mode == "zeros" or set(self.kernel) == {1})
-
-    def size(self, size: list[int]) -> list[int]:
-        """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
-        out = []
-        for extent, kernel, stride, pads, dilation in zip(
-            size, self.kernel, self.stride, self.pads, self.dilation, strict=True
-        ):
-            span = dilation * (kernel - 1)
-            most = {"reflect": extent - 1, "circular": extent}.get(self.mode, max(pads))
-            if extent + sum(pads) <= span or max(pads) > most:
-                raise ValueError(
-                    f"x is too small: a kernel of {self.kernel} with dilation {self.dilation} and {self.mode} padding "
-                    f"{self.pads} meets {' x '.join(map(str, size))}"
-                )
-            out.append((extent + sum(pads) - span - 1) // stride + 1)
-        return out
-
-    def shapes(self, channels: int, out_channels: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        """Returns the shape of the weight, and that of the depthwise one of a separable convolution."""
-        if self.separable:
-            return (out_channels, channels, *(1 for _ in self.kernel)), (channels, 1, *self.kernel)
-        return (out_channels, channels // self.groups, *self.kernel), None
-
-    def __call__(
-        self, x: Tensor, weight: Tensor, depthwise: Tensor | None = None, bias: Tensor | None = None, packed: int = 1
-    ) -> Tensor:
-        """Convolves (N, channels, *S); ``packed`` convolutions, one after another in ``weight``, all read x."""
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        pads = self.pads
-        padding = tuple(before for before, _ in pads)
-        if any(before != after for before, after in pads) or (self.mode != "zeros" and any(padding)):
-            flat = [pad for before, after in reversed(pads) for pad in (before, after)]
-            x = F.pad(x, flat, "constant" if self.mode == "zeros" else self.mode)
-            padding = (0,) * len(pads)
-        if depthwise is not None:
-            x = convolve(x, depthwise, None, self.stride, padding, self.dilation, depthwise.shape[0])
-            return convolve(x, weight, bias)
-        if self.groups == 1:
-            return convolve(x, weight, bias, self.stride, padding, self.dilation)
-        # The groups divide each of the packed convolutions, not their pack.
-        x = x.repeat(1, packed, *(1 for _ in self.kernel))
-        return convolve(x, weight, bias, self.stride, padding, self.dilation, packed * self.groups)
-
-
-def norm_groups(channels: int) -> int:
-    """Returns the first of 64, 32, 16, 8, 4, 1 that divides the channels and leaves min(4, channels) in a group."""
-    return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
-
-
-def make_norm(name: str, norm: Norm, channels: int, packed: int = 1, **factory: Any) -> nn.Module | None:
-    """Returns the normalisation of ``packed`` times ``channels`` channels, each of the packed ones on its own.
-
-    None and False are none, 'layer' is a GroupNorm of one group, 'group' and True one of up to 64 groups of at least 4
-    channels; a callable gets the number of all channels.
-    """
-    if norm is None or norm is False:
-        return None
-    if callable(norm):
-        module = norm(packed * channels)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"{name} must return a Module for a number of channels, got {type(module).__name__}")
-        return module.to(**factory)
-    if norm is not True and norm not in ("layer", "group"):
-        raise ValueError(f"{name} must be None, 'layer', 'group' or a callable channels -> Module, got {norm!r}")
-    groups = 1 if norm == "layer" else norm_groups(channels)
-    return nn.GroupNorm(packed * groups, packed * channels, **factory)
+__all__ = ["GRULayer", "GRUParameters"]
 
 
 def recur(
@@ -259,13 +152,7 @@ class GRUParameters(nn.Module):
             if vector is not None:
                 nn.init.zeros_(vector)
         if self.bias is not None:
-            with torch.no_grad():
-                gate = self.bias[: self.hidden_size]
-                if isinstance(self.gate_bias, str):
-                    # log U(1, T-1) is the bias of a gate that keeps; z is the gate that takes, hence the sign.
-                    gate.copy_(-torch.empty_like(gate).uniform_(1.0, float((self.chrono_max or 2) - 1)).log())
-                else:
-                    gate.fill_(self.gate_bias)
+            fill_gate_bias(self.bias[: self.hidden_size], self.gate_bias, self.chrono_max)
         norms: list[Any] = [self.norm_W, self.norm_U, self.norm_C]
         for norm in norms:
             if hasattr(norm, "reset_parameters"):

@@ -12,26 +12,20 @@ from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check
 
 from ._checks import (
     as_bool,
-    as_choice,
     as_gate_bias,
     as_int,
-    as_ints,
     as_probability,
     as_sizes,
-    as_tuples,
     check_clip,
     check_shape,
     check_states,
 )
-from ._gru_layer import Convolution, GRULayer, Norm, make_norm
+from ._convolution import Conv, Size, Sizes, as_convolutions
+from ._gru_layer import GRULayer
 from ._masks import blank, live_frames, resets_before
+from ._parts import Norm, make_norm
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
-
-Size = int | Sequence[int]
-Sizes = int | Sequence[Size]
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class ConvGRU(nn.Module):
@@ -146,28 +140,33 @@ class ConvGRU(nn.Module):
         self.directions = 2 if as_bool("bidirectional", bidirectional) else 1
         self.batch_first = as_bool("batch_first", batch_first)
         self.dropout = as_probability("dropout", dropout)
-        separable, residual = as_bool("separable", separable), as_bool("residual", residual)
-        mode = as_choice("padding_mode", padding_mode, PADDING_MODES)
+        residual = as_bool("residual", residual)
         gate_bias, chrono_max = as_gate_bias(gate_bias, chrono_max, as_bool("bias", bias))
-
-        def tuples(name: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
-            return as_tuples(name, value, minimum, self.num_layers, dims)
-
-        kernels = tuples("kernel_sizes", kernel_sizes)
-        own = recurrent_kernel_sizes is not None
-        recurrent_kernels = tuples("recurrent_kernel_sizes", recurrent_kernel_sizes) if own else kernels
-        steps, spread = tuples("strides", strides), tuples("dilations", dilations)
-        recurrent_spread = tuples("recurrent_dilations", recurrent_dilations)
-        pads: list[Any] = [None] * self.num_layers
-        if isinstance(paddings, str):
-            as_choice("paddings", paddings, ("same",))
-        else:
-            pads = [tuple((pad, pad) for pad in entry) for entry in tuples("paddings", paddings, 0)]
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inputs = [self.input_size, *(self.directions * size for size in self.hidden_sizes[:-1])]
-        input_groups = as_ints("groups", groups, self.num_layers)
-        state_groups = as_ints("recurrent_groups", recurrent_groups, self.num_layers)
+        common: dict[str, Any] = {"separable": separable, "padding_mode": padding_mode}
+        convolutions = as_convolutions(
+            dims,
+            list(zip(inputs, self.hidden_sizes, strict=True)),
+            kernel_sizes=kernel_sizes,
+            strides=strides,
+            paddings=paddings,
+            dilations=dilations,
+            groups=groups,
+            **common,
+        )
+        recurrents = as_convolutions(
+            dims,
+            [(size, size) for size in self.hidden_sizes],
+            kernel_sizes=kernel_sizes if recurrent_kernel_sizes is None else recurrent_kernel_sizes,
+            strides=1,
+            paddings="same",
+            dilations=recurrent_dilations,
+            groups=recurrent_groups,
+            **common,
+            prefix="recurrent_",
+        )
         options: dict[str, Any] = {
             "bias": bias,
             "reset_after": as_bool("reset_after", reset_after),
@@ -181,37 +180,19 @@ class ConvGRU(nn.Module):
         self.layers, self.backward_layers = nn.ModuleList(), nn.ModuleList()
         self.norms, self.res_aligns = nn.ModuleList(), nn.ModuleList()
         for i, (size_in, size) in enumerate(zip(inputs, self.hidden_sizes, strict=True)):
-            for name, count, channels in (
-                ("groups", input_groups[i], size_in),
-                ("recurrent_groups", state_groups[i], size),
-            ):
-                if channels % count or size % count:
-                    raise ValueError(f"{name} must divide the {channels} -> {size} channels of layer {i}, got {count}")
-                if separable and count > 1:
-                    raise ValueError(f"{name} must be 1 with separable=True, got {count}")
-            conv = Convolution(kernels[i], steps[i], pads[i], spread[i], input_groups[i], mode, separable)
-            recurrent = Convolution(
-                recurrent_kernels[i], (1,) * dims, None, recurrent_spread[i], state_groups[i], mode, separable
-            )
+            conv, recurrent = convolutions[i], recurrents[i]
             for direction in (self.layers, self.backward_layers)[: self.directions]:
                 direction.append(GRULayer(size_in, size, conv, recurrent, **options, **factory))
             self.norms.append(make_norm("norm", norm, size_in, **factory) or nn.Identity())
             if residual:
                 same = size_in == self.directions * size and conv.keeps_size
+                aligned = replace(conv, groups=1, separable=False)
                 self.res_aligns.append(
-                    nn.Identity() if same else _ResAlign(size_in, self.directions * size, conv, **factory)
+                    nn.Identity() if same else Conv(aligned, size_in, self.directions * size, bias=False, **factory)
                 )
-        ones = (1,) * dims
         self._described = {
-            "recurrent_kernel_sizes": recurrent_kernels if recurrent_kernels != kernels else None,
-            "strides": steps if set(steps) != {ones} else None,
-            "paddings": None if isinstance(paddings, str) else paddings,
-            "dilations": spread if set(spread) != {ones} else None,
-            "recurrent_dilations": recurrent_spread if set(recurrent_spread) != {ones} else None,
-            "groups": input_groups if set(input_groups) != {1} else None,
-            "recurrent_groups": state_groups if set(state_groups) != {1} else None,
-            "separable": separable,
-            "padding_mode": None if mode == "zeros" else mode,
+            "input": [conv.described() for conv in convolutions],
+            "recurrent": [conv.described() for conv in recurrents],
             "bias": None if bias else "False",
             "norm": norm,
             "residual": residual,
@@ -220,7 +201,7 @@ class ConvGRU(nn.Module):
             "batch_first": None if batch_first else "False",
             **{name: value for name, value in options.items() if name != "bias"},
         }
-        self.kernel_sizes = kernels
+        self.kernel_sizes = [conv.kernel for conv in convolutions]
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
@@ -345,27 +326,8 @@ class ConvGRU(nn.Module):
         return states
 
     def extra_repr(self) -> str:
-        described = [f"{name}={value}" for name, value in self._described.items() if value]
-        return ", ".join(
-            [f"{self.input_size}, hidden_sizes={self.hidden_sizes}, kernel_sizes={self.kernel_sizes}", *described]
-        )
-
-
-class _ResAlign(nn.Module):
-    """A convolution like the layer's own, without a bias, from its input to the size of its output."""
-
-    def __init__(self, input_size: int, output_size: int, convolution: Convolution, **factory: Any) -> None:
-        super().__init__()
-        self.convolution = replace(convolution, groups=1, separable=False)
-        shape, _ = self.convolution.shapes(input_size, output_size)
-        self.weight = nn.Parameter(torch.empty(shape, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        return self.convolution(frames, self.weight)
+        described = ", ".join(f"{name}={value}" for name, value in self._described.items() if value)
+        return f"{self.input_size}, hidden_sizes={self.hidden_sizes}, {described}"
 
 
 class ConvGRU1d(ConvGRU):

@@ -1,59 +1,177 @@
-"""Convolutional minGRU: a convolution per frame and the scan over time; one layer, or several stacked."""
+"""Convolutional minGRU over one, two or three spatial dimensions: a convolution per frame and the scan over time."""
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import as_int, as_pair, as_pairs, as_probability, as_sizes, check_sequence
-from ._gru_layer import make_norm
-from .mingru import MinGRUBase, MinGRULayer, MinGRUStack, scan, zero_states
+from ._checks import as_bool, as_int, as_sizes, check_sequence
+from ._convolution import Conv, Size, Sizes, as_convolutions
+from ._parts import Norm
+from .mingru import MinGRUBase, MinGRUStack, scan, state_size
 
-__all__ = ["MinConv2dGRU", "MinConv2dGRUCell"]
+__all__ = [
+    "MinConv1dGRU",
+    "MinConv1dGRUCell",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
+    "MinConv3dGRU",
+    "MinConv3dGRUCell",
+]
 
-
-def state_shapes(
-    size: list[int],
-    hidden_sizes: list[int],
-    kernel_sizes: list[tuple[int, int]],
-    strides: list[tuple[int, int]],
-    paddings: list[tuple[int, int]],
-) -> list[list[int]]:
-    """Returns (hidden_i, H_i, W_i) of each layer for an input of ``size`` (H, W)."""
-    shapes: list[list[int]] = []
-    height, width = size[0], size[1]
-    for hidden, kernel, stride, padding in zip(hidden_sizes, kernel_sizes, strides, paddings):  # noqa: B905  TorchScript's zip takes no strict
-        if height + 2 * padding[0] < kernel[0] or width + 2 * padding[1] < kernel[1]:
-            raise ValueError(f"x is too small: a kernel of {kernel} with padding {padding} meets {height} x {width}")
-        height = (height + 2 * padding[0] - kernel[0]) // stride[0] + 1
-        width = (width + 2 * padding[1] - kernel[1]) // stride[1] + 1
-        shapes.append([hidden, height, width])
-    return shapes
+LAYOUTS = {1: "(B, S, input_size, L)", 2: "(B, S, input_size, H, W)", 3: "(B, S, input_size, D, H, W)"}
 
 
-def keeps_size(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> bool:
-    """True if the convolution's output has the input's height and width, whatever they are."""
-    return stride == (1, 1) and all(2 * p == k - 1 for k, p in zip(kernel, padding, strict=True))
+class MinConvGRUCell(MinGRUBase):
+    """The cell of any number of spatial dimensions, which its subclasses set."""
+
+    spatial_dims: ClassVar[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: Size,
+        *,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        separable: bool = False,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        size_in, size = as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)
+        super().__init__(LAYOUTS[self.spatial_dims], [size_in, size])
+        (convolution,) = as_convolutions(
+            self.spatial_dims,
+            [(size_in, size)],
+            kernel_sizes=kernel_size,
+            strides=stride,
+            paddings=padding,
+            dilations=dilation,
+            groups=groups,
+            separable=separable,
+            padding_mode=padding_mode,
+            plural=False,
+        )
+        self.to_gate_hidden = Conv(
+            convolution, size_in, size, 2, bias=as_bool("bias", bias), device=device, dtype=dtype
+        )
+
+    def first_projection(self) -> nn.Module:
+        return self.to_gate_hidden
+
+    def run(
+        self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        gate_hidden = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        out, h_n = scan(gate_hidden, None if h is None else h[0], 0, codes)
+        return out, [h_n]
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden, *S')], of x's dtype and device."""
+        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        size = self.to_gate_hidden.size(list(x.shape[2:]) if frame else list(x.shape[3:]))
+        return [x.new_full([x.shape[0], 1, self.layer_sizes[1]] + size, 0.5)]
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        self.to_gate_hidden.reset_parameters()
 
 
-class MinConv2dGRUCell(MinGRUBase):
+class MinConvGRU(MinGRUStack):
+    """The stack of any number of spatial dimensions, which its subclasses set."""
+
+    spatial_dims: ClassVar[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: int | list[int],
+        kernel_sizes: Sizes,
+        *,
+        strides: Sizes = 1,
+        paddings: Sizes | str = 0,
+        dilations: Sizes = 1,
+        groups: int | list[int] = 1,
+        separable: bool = False,
+        padding_mode: str = "zeros",
+        dropout: float = 0.0,
+        residual: bool = False,
+        bias: bool = True,
+        norm: Norm = False,
+        expand: float = 1.0,
+        gate_bias: float | str | None = None,
+        chrono_max: int | None = None,
+        learn_h0: bool = False,
+        bidirectional: bool = False,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)]
+        directions = 2 if as_bool("bidirectional", bidirectional) else 1
+        inputs = [sizes[0], *(directions * size for size in sizes[1:-1])]
+        states = [state_size(size, expand) for size in sizes[1:]]
+        convolutions = as_convolutions(
+            self.spatial_dims,
+            list(zip(inputs, states, strict=True)),
+            kernel_sizes=kernel_sizes,
+            strides=strides,
+            paddings=paddings,
+            dilations=dilations,
+            groups=groups,
+            separable=separable,
+            padding_mode=padding_mode,
+        )
+        super().__init__(
+            LAYOUTS[self.spatial_dims],
+            sizes,
+            convolutions,
+            bias=bias,
+            norm=norm,
+            dropout=dropout,
+            residual=residual,
+            expand=expand,
+            gate_bias=gate_bias,
+            chrono_max=chrono_max,
+            learn_h0=learn_h0,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class MinConv2dGRUCell(MinConvGRUCell):
     """z = s(gate), h' = (1-z).h + z.g(hidden) with [gate, hidden] = Conv2d(x): one convolutional minGRU layer.
 
     s is the logistic function; g(v) = v + 1/2 for v >= 0 and s(v) otherwise. z near 1 takes the candidate g(hidden), z
     near 0 keeps the state h. The gate is the first half of the convolution ``to_gate_hidden`` (input_size ->
-    2*hidden_size channels). The state has the size of the convolution's output.
+    2*hidden_size channels). The state has the size of the convolution's output. What stands around a layer, and options
+    of the recurrence, are arguments of :class:`MinConv2dGRU`.
 
     Args:
         input_size: channels of a frame.
         hidden_size: channels of the state and of the output.
-        kernel_size: an int or (height, width).
-        stride: an int or (height, width).
-        padding: zeros on each side of a frame, an int or (height, width).
+        kernel_size: an int or (height, width), as are the next three.
+        stride: of the convolution.
+        padding: pixels on each side of a frame, or 'same': every stride-th pixel of an output of the input's size.
+        dilation: of the convolution.
+        groups: of the convolutions of gate and candidate, each by itself; input_size is depthwise.
+        separable: a depthwise convolution, which gate and candidate share, and a 1x1 convolution.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
         bias: learn the convolution's bias.
         device: where the parameters live.
         dtype: their dtype.
 
     Raises:
-        TypeError: a size is no int.
-        ValueError: a size, kernel or stride is not positive, a padding is negative, or one of them is no pair.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, no int or pair, or arguments exclude one another.
 
     Source:
         Heindl et al., "Convolutional MinGRU", 2024; Feng et al., arXiv 2410.01201.
@@ -66,73 +184,74 @@ class MinConv2dGRUCell(MinGRUBase):
         (torch.Size([2, 4, 8, 3, 3]), torch.Size([2, 1, 8, 3, 3]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
-        super().__init__("(B, S, input_size, H, W)", sizes)
-        self.kernel_size = as_pair("kernel_size", kernel_size, 1)
-        self.stride = as_pair("stride", stride, 1)
-        self.padding = as_pair("padding", padding, 0)
-        self.to_gate_hidden = nn.Conv2d(
-            self.layer_sizes[0],
-            2 * self.layer_sizes[1],
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
-
-    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        gate_hidden = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        out, h_n = scan(gate_hidden, None if h is None else h[0], 0, codes)
-        return out, [h_n]
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden, H', W')], of x's dtype and device."""
-        check_sequence(x, self.layout, self.layer_sizes[0])
-        return zero_states(
-            x,
-            state_shapes(list(x.shape[-2:]), [self.layer_sizes[1]], [self.kernel_size], [self.stride], [self.padding]),
-        )
+    spatial_dims: ClassVar[int] = 2
 
 
-class MinConv2dGRU(MinGRUStack):
+class MinConv1dGRUCell(MinConvGRUCell):
+    """:class:`MinConv2dGRUCell` along one dimension: h' = (1-z).h + z.g(hidden) over (B, S, input_size, L).
+
+    Example:
+        >>> import torch, convrnn
+        >>> convrnn.MinConv1dGRUCell(3, 8, kernel_size=3, padding="same")(torch.rand(2, 4, 3, 9))[0].shape
+        torch.Size([2, 4, 8, 9])
+    """
+
+    spatial_dims: ClassVar[int] = 1
+
+
+class MinConv3dGRUCell(MinConvGRUCell):
+    """:class:`MinConv2dGRUCell` of volumes: h' = (1-z).h + z.g(hidden) over (B, S, input_size, D, H, W).
+
+    Example:
+        >>> import torch, convrnn
+        >>> convrnn.MinConv3dGRUCell(3, 8, kernel_size=(1, 3, 3))(torch.rand(2, 4, 3, 4, 5, 6))[0].shape
+        torch.Size([2, 4, 8, 4, 3, 4])
+    """
+
+    spatial_dims: ClassVar[int] = 3
+
+
+class MinConv2dGRU(MinConvGRU):
     """Stacked convolutional minGRU: z = s(gate), h' = (1-z).h + z.g(hidden), a layer's output the next layer's input.
 
     s is the logistic function; g(v) = v + 1/2 for v >= 0 and s(v) otherwise. z near 1 takes the candidate g(hidden), z
-    near 0 keeps the state h. A layer convolves its (normalised) input to [gate, hidden], scans, and adds its residual.
+    near 0 keeps the state h. A layer convolves its (normalised) input to [gate, hidden], scans, projects the state to
+    its output where ``expand`` makes them differ, and adds its residual.
+
+    Where an argument takes a list, its entries belong to the layers, and are ints or pairs (height, width); one int
+    holds for all layers.
 
     Args:
         input_size: channels of a frame.
-        hidden_sizes: channels of each layer's state, an int for one layer.
-        kernel_sizes: an int for all layers, or a list with an int or a pair (height, width) per layer.
-        strides: likewise.
-        paddings: likewise; zeros on each side of a layer's input.
+        hidden_sizes: channels of each layer's output, an int for one layer.
+        kernel_sizes: kernels of the convolutions.
+        strides: of the convolutions; the state has the size of their output.
+        paddings: pixels on each side of a layer's input, or 'same': every stride-th pixel of an output of its size.
+        dilations: of the convolutions.
+        groups: of the convolutions of gate and candidate, each by itself; an int or one a layer; input_size is depthwise.
+        separable: a depthwise convolution, which gate and candidate share, and a 1x1 convolution.
+        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a convolution without bias, of the layer's own kernel,
             stride and padding, where the channels or the size of the frame change.
         bias: learn the biases of the convolutions that the scan reads.
-        norm: GroupNorm on each layer's input, with up to 64 groups of at least 4 channels.
+        norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
+            least 4 channels), or a callable from a number of channels to a Module.
+        expand: channels of the state for each of the output, rounded down; a 1x1 convolution without bias brings them
+            back.
+        gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
+            draws it as the other biases.
+        chrono_max: the longest dependency expected, in frames, for 'chrono'.
+        learn_h0: learn the state before the first frame, one number a channel, which starts at 1/2.
+        bidirectional: a second direction in each layer, with weights of its own, reads the sequence from its end; its
+            output joins the other's over the channels.
+        batch_first: True for sequences (B, S, ...), False for (S, B, ...).
         device: where the parameters live.
         dtype: their dtype.
 
     Raises:
-        TypeError: a size is no int, or ``dropout`` no number.
-        ValueError: a size, kernel or stride is not positive, a padding is negative, ``dropout`` lies outside [0, 1],
-            ``hidden_sizes`` is empty, or another list has not one entry per layer.
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, a list has not one entry a layer, or arguments exclude one another.
 
     Source:
         Heindl et al., "Convolutional MinGRU", 2024; Feng et al., arXiv 2410.01201.
@@ -145,57 +264,30 @@ class MinConv2dGRU(MinGRUStack):
         (torch.Size([2, 4, 16, 3, 3]), [torch.Size([2, 1, 8, 6, 6]), torch.Size([2, 1, 16, 3, 3])])
     """
 
-    kernel_sizes: list[tuple[int, int]]
-    strides: list[tuple[int, int]]
-    paddings: list[tuple[int, int]]
+    spatial_dims: ClassVar[int] = 2
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_sizes: int | list[int],
-        kernel_sizes: int | list[int] | list[tuple[int, int]],
-        *,
-        strides: int | list[int] | list[tuple[int, int]] = 1,
-        paddings: int | list[int] | list[tuple[int, int]] = 0,
-        dropout: float = 0.0,
-        residual: bool = False,
-        bias: bool = True,
-        norm: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)]
-        kernels = as_pairs("kernel_sizes", kernel_sizes, 1, len(sizes) - 1)
-        steps = as_pairs("strides", strides, 1, len(sizes) - 1)
-        pads = as_pairs("paddings", paddings, 0, len(sizes) - 1)
 
-        def layer(i: int) -> MinGRULayer:
-            size_in, size_out = sizes[i], sizes[i + 1]
+class MinConv1dGRU(MinConvGRU):
+    """:class:`MinConv2dGRU` along one dimension: h' = (1-z).h + z.g(hidden) over (B, S, input_size, L).
 
-            def conv(channels: int, bias: bool) -> nn.Conv2d:
-                return nn.Conv2d(
-                    size_in, channels, kernels[i], steps[i], pads[i], bias=bias, device=device, dtype=dtype
-                )
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.MinConv1dGRU(3, [8, 16], kernel_sizes=5, paddings="same", dilations=[1, 2])
+        >>> rnn(torch.rand(2, 4, 3, 32))[0].shape
+        torch.Size([2, 4, 16, 32])
+    """
 
-            res_align: nn.Module | None = None
-            if residual and size_in == size_out and keeps_size(kernels[i], steps[i], pads[i]):
-                res_align = nn.Identity()
-            elif residual:
-                res_align = conv(size_out, bias=False)
-            return MinGRULayer(
-                make_norm("norm", bool(norm), size_in, device=device, dtype=dtype) or nn.Identity(),
-                conv(2 * size_out, bias=bias),
-                res_align,
-            )
+    spatial_dims: ClassVar[int] = 1
 
-        layers = [layer(i) for i in range(len(sizes) - 1)]
-        super().__init__("(B, S, input_size, H, W)", sizes, layers, as_probability("dropout", dropout))
-        self.kernel_sizes, self.strides, self.paddings = kernels, steps, pads
 
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the states that ``h=None`` stands for: 1/2 in (B, 1, hidden_i, H_i, W_i), of x's dtype and device."""
-        check_sequence(x, self.layout, self.layer_sizes[0])
-        return zero_states(
-            x, state_shapes(list(x.shape[-2:]), self.hidden_sizes, self.kernel_sizes, self.strides, self.paddings)
-        )
+class MinConv3dGRU(MinConvGRU):
+    """:class:`MinConv2dGRU` of volumes: h' = (1-z).h + z.g(hidden) over (B, S, input_size, D, H, W).
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.MinConv3dGRU(3, 8, kernel_sizes=3, paddings="same", separable=True)
+        >>> rnn(torch.rand(2, 4, 3, 4, 5, 6))[0].shape
+        torch.Size([2, 4, 8, 4, 5, 6])
+    """
+
+    spatial_dims: ClassVar[int] = 3

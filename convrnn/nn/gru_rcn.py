@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ._checks import as_int, as_pair, check_input, check_shape
-from ._gru_layer import Convolution, GRUParameters
+from ._convolution import Convolution
+from ._gru_layer import GRUParameters
 
 __all__ = ["GRU_RCN"]
 

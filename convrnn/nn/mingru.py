@@ -1,24 +1,36 @@
-"""minGRU: a linear projection per time step and the scan over time; one layer, or several stacked."""
+"""minGRU and minLSTM: a projection of each step and the scan over time; one layer, or several stacked."""
 
-import itertools
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from convrnn.ops._check import check_mask
+from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_dtype
 from convrnn.ops.mingru import coded_mingru, encode
 
-from ._checks import as_int, as_probability, as_sizes, check_sequence, check_shape, check_states
-from ._masks import blank, live_frames, run_packed
+from ._checks import (
+    as_bool,
+    as_gate_bias,
+    as_int,
+    as_positive,
+    as_probability,
+    as_sizes,
+    check_sequence,
+    check_shape,
+    check_states,
+)
+from ._convolution import Conv, Convolution
+from ._masks import blank, live_frames, resets_before, run_packed
+from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm
 
-__all__ = ["MinGRU", "MinGRUCell"]
+__all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
 
 
 def scan(gate_hidden: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs minGRU over (B, T, 2C, *S) from the state h (B, 1, C, *S) of layer i; None is the 'zero' state."""
+    """Runs minGRU over (B, T, 2C, *S) from the state h (B, 1, C, *S), the i-th; None is the 'zero' state."""
     if h is not None:
         shape = list(gate_hidden.shape)
         check_shape(f"h[{i}]", h, [shape[0], 1, shape[2] // 2] + shape[3:])
@@ -27,30 +39,158 @@ def scan(gate_hidden: Tensor, h: Tensor | None, i: int, codes: Tensor | None) ->
     return out, h_n.unsqueeze(1)
 
 
-def zero_states(x: Tensor, shapes: list[list[int]]) -> list[Tensor]:
-    """Returns g(0) = 1/2 in (B, 1, *shape) for each shape."""
-    states: list[Tensor] = []
-    for shape in shapes:
-        states.append(x.new_full([x.shape[0], 1] + shape, 0.5))
-    return states
+def gates_of_lstm(forget_input_hidden: Tensor) -> Tensor:
+    """Returns [gate, hidden] of the minGRU whose z is minLSTM's i/(f+i), from the packed f, i, hidden (N, 3C, *S)."""
+    forget, take, hidden = forget_input_hidden.chunk(3, 1)
+    gate = F.logsigmoid(take) - F.logsigmoid(forget)
+    return torch.cat((gate.to(hidden.dtype), hidden), 1)
 
 
-class MinGRULayer(nn.Module):
-    """out = mingru(gate_hidden(norm(x))), plus res_align(x) if there is one; each module sees one frame at a time."""
+def projection(
+    convolution: Convolution | None, size_in: int, size_out: int, packed: int, bias: bool, **factory: Any
+) -> nn.Module:
+    """What reads a step: ``packed`` linear maps, or convolutions, in one."""
+    if convolution is None:
+        return nn.Linear(size_in, packed * size_out, bias=bias, **factory)
+    return Conv(convolution, size_in, size_out, packed, bias=bias, **factory)
 
-    def __init__(self, norm: nn.Module, gate_hidden: nn.Module, res_align: nn.Module | None) -> None:
+
+def state_size(size: int, expand: float) -> int:
+    """Features of the state where the output has ``size``."""
+    return max(1, int(as_positive("expand", expand) * size))
+
+
+class MinGRUDirection(nn.Module):
+    """h' = (1-z).h + z.g(hidden) with [gate, hidden] = gate_hidden(x), or minLSTM's, in one direction of time."""
+
+    h0: Tensor | None
+    lstm: Final[bool]
+    batch_first: Final[bool]
+    backwards: Final[bool]
+
+    def __init__(
+        self,
+        size_in: int,
+        size: int,
+        size_out: int,
+        convolution: Convolution | None,
+        *,
+        lstm: bool,
+        bias: bool,
+        gate_bias: float | str | None,
+        chrono_max: int | None,
+        learn_h0: bool,
+        batch_first: bool,
+        backwards: bool,
+        **factory: Any,
+    ) -> None:
         super().__init__()
+        ones = () if convolution is None else tuple(1 for _ in convolution.kernel)
+        pixel = None if convolution is None else Convolution(ones, ones, dilation=ones)
+        self.size, self.lstm, self.batch_first, self.backwards = size, lstm, batch_first, backwards
+        self.gate_bias, self.chrono_max = gate_bias, chrono_max
+        self.gate_hidden = projection(convolution, size_in, size, 3 if lstm else 2, bias, **factory)
+        self.out_proj = None if size == size_out else projection(pixel, size, size_out, 1, False, **factory)
+        self.register_parameter("h0", nn.Parameter(torch.empty(size, *ones, **factory)) if learn_h0 else None)
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        """Initialises what the projections do not by themselves."""
+        if self.h0 is not None:
+            nn.init.constant_(self.h0, 0.5)
+        if self.gate_bias is not None:
+            bias: Any = self.gate_hidden.bias
+            gate = bias[: self.size]
+            if self.lstm:  # z = i/(f+i): the input's gate is biased towards taking, the forget gate against keeping
+                gate = bias[self.size : 2 * self.size]
+            fill_gate_bias(gate, self.gate_bias, self.chrono_max)
+            if self.lstm:
+                with torch.no_grad():
+                    bias[: self.size] = -gate
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        modules: list[Any] = [*self.children()]
+        for module in modules:
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self.reset_own()
+
+    def initial_state(self, x: Tensor, batch: int, size: list[int]) -> Tensor:
+        """Returns the state that None stands for, (B, 1, C, *S) in x's dtype: 1/2, or h0 where it is learned."""
+        shape = [batch, 1, self.size] + size
+        h0 = self.h0
+        return x.new_full(shape, 0.5) if h0 is None else h0.expand(shape).to(x.dtype)
+
+    def recur(
+        self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Runs over the frames of x, (B, T) or (T, B) of them in one dimension; returns as many, and the last state."""
+        gate_hidden = self.gate_hidden(frames)
+        if self.lstm:
+            gate_hidden = gates_of_lstm(gate_hidden)
+        gate_hidden = gate_hidden.unflatten(0, x.shape[:2])
+        if not self.batch_first:
+            gate_hidden = gate_hidden.transpose(0, 1)
+        if self.backwards:
+            gate_hidden = gate_hidden.flip(1)
+        h0 = self.h0
+        if h0 is not None and h is None:
+            h = self.initial_state(gate_hidden, gate_hidden.shape[0], list(gate_hidden.shape[3:]))
+        out, h_n = scan(gate_hidden, h, i, codes)
+        if h0 is not None and resets:
+            # The scan begins anew at 1/2. It is linear in the state: what h0 has beyond that decays beside it.
+            gate = gate_hidden[:, :, : self.size]
+            nothing = torch.full_like(gate, -1e4)  # g of it is zero
+            decay, decay_n = scan(torch.cat((gate, nothing), 2), torch.zeros_like(h_n), i, codes)
+            beyond = 2.0 * h0 - 1.0
+            out, h_n = out + decay * beyond, h_n + decay_n * beyond
+        if self.backwards:
+            out = out.flip(1)
+        if not self.batch_first:
+            out = out.transpose(0, 1)
+        out = out.flatten(0, 1)
+        if self.out_proj is not None:
+            out = self.out_proj(out)
+        return out, h_n
+
+
+class MinGRULayer(MinGRUDirection):
+    """A direction over norm(x), a second one beside it where bidirectional, plus res_align(x) if there is one."""
+
+    def __init__(
+        self, *sizes: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
+    ) -> None:
+        super().__init__(*sizes, backwards=False, **options)
         self.norm = norm
-        self.gate_hidden = gate_hidden
+        self.reverse = MinGRUDirection(*sizes, backwards=True, **options) if bidirectional else None
         self.res_align = res_align
 
-    def forward(self, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None,
+        i: int,
+        codes: Tensor | None,
+        codes_back: Tensor | None,
+        resets: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs over (B, T, channels, *S) from the states ``h`` of its directions, the i-th and the next of the stack."""
+        if not self.batch_first:
+            x = x.transpose(0, 1)
         frames = x.flatten(0, 1)
-        out, h_n = scan(self.gate_hidden(self.norm(frames)).unflatten(0, x.shape[:2]), h, i, codes)
+        read = self.norm(frames)
+        out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
+        states = [h_n]
+        if self.reverse is not None:
+            back, h_n = self.reverse.recur(read, x, None if h is None else h[i + 1], i + 1, codes_back, resets)
+            out = torch.cat((out, back), 1)
+            states.append(h_n)
         if self.res_align is not None:
             # Added frame by frame: the sum of two (B, T, ...) views would tie torch.export to one T.
-            out = (out.flatten(0, 1) + self.res_align(frames)).unflatten(0, x.shape[:2])
-        return out, h_n
+            out = out + self.res_align(frames)
+        out = out.unflatten(0, x.shape[:2])
+        return out if self.batch_first else out.transpose(0, 1), states
 
 
 class MinGRUBase(nn.Module):
@@ -58,14 +198,20 @@ class MinGRUBase(nn.Module):
 
     layer_sizes: Final[tuple[int, ...]]
     num_layers: Final[int]
+    num_states: Final[int]
+    batch_first: Final[bool]
+    bidirectional: Final[bool]
     if TYPE_CHECKING:
         run: Any
+        first_projection: Any
 
-    def __init__(self, layout: str, sizes: list[int]) -> None:
+    def __init__(self, layout: str, sizes: list[int], batch_first: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout = layout if batch_first else layout.replace("(B, S,", "(S, B,")
         self.layer_sizes = tuple(sizes)
         self.num_layers = len(sizes) - 1
+        self.num_states = (2 if bidirectional else 1) * self.num_layers
+        self.batch_first, self.bidirectional = batch_first, bidirectional
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -73,35 +219,42 @@ class MinGRUBase(nn.Module):
         """Runs every layer over the whole sequence, or over one frame.
 
         With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
+        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it; the
+        backward direction begins anew on the other side of the cut.
 
         Args:
-            x: sequence (B, S, input_size), over images (B, S, input_size, H, W), or one frame of it, without S; float.
-                A PackedSequence of such frames gives a PackedSequence.
-            h: initial state of each layer, a list of (B, 1, hidden_i), over images (B, 1, hidden_i, H_i, W_i); None for
-                the 'zero' state g(0) = 1/2.
+            x: sequence (B, S, input_size), over images (B, S, input_size, *S), or (S, B, ...) without ``batch_first``,
+                or one frame of it, without S; float. A PackedSequence of such frames gives a PackedSequence.
+            h: initial states, a list of (B, 1, state_i), over images (B, 1, state_i, *S_i): one a layer, when
+                bidirectional two a layer, forward first. None for the initial state: g(0) = 1/2, or the learned one.
             lengths: (B,) integers, frames of each row; values outside of 0..S act as the nearest of them.
-            reset: (B, S) bool, for one frame (B,), True where the state becomes the 'zero' state before the frame is
-                read.
+            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes the
+                initial one before the frame is read.
 
         Returns:
-            out: output of the last layer, (B, S, hidden) or (B, S, hidden, H', W'), without S for one frame; zero
-                behind a row's end.
-            h_n: state of each layer after the last frame of each row, before its residual is added, shaped as ``h``.
+            out: output of the last layer, (B, S, hidden), (B, S, hidden, *S') or as x has it; zero behind a row's end.
+            h_n: states after the last frame of each row, before the residual is added, shaped as ``h``.
 
         Raises:
-            TypeError: an argument is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
+            TypeError: an argument is no Tensor, ``h`` no list of them, or a dtype does not fit.
             ValueError: a shape, the number of states or a mask's device does not fit, or a PackedSequence has
                 ``lengths`` beside it.
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
             return run_packed(self, x, h, lengths, reset)
         frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        check_floating("x", x)
+        if not torch.jit.is_scripting():
+            self._check_dtype(x)
         if frame:
             x = x.unsqueeze(1)
             if isinstance(reset, Tensor):
                 reset = reset.unsqueeze(1)
-        check_states(h, self.num_layers)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+            if isinstance(reset, Tensor) and reset.dim() == 2:
+                reset = reset.transpose(0, 1)
+        check_states(h, self.num_states)
         check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
         check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
         live: Tensor | None = None
@@ -112,50 +265,156 @@ class MinGRUBase(nn.Module):
             x = blank(x, live)
             if reset is not None:
                 reset = reset & live
-        out, states = self.run(x, h, encode(reset, hold))
+        codes = encode(reset, hold)
+        codes_back: Tensor | None = None
+        if self.bidirectional:
+            codes_back = encode(
+                None if reset is None else resets_before(reset).flip(1), None if hold is None else hold.flip(1)
+            )
+        out, states = self.run(x, h, codes, codes_back, reset is not None)
         if live is not None:
             out = blank(out, live)
         if frame:
             out = out.squeeze(1)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
         return out, states
+
+    def _check_dtype(self, x: Tensor) -> None:
+        """Raises unless x has the dtype of the projection's weight, or autocast is on."""
+        weight = getattr(self.first_projection(), "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not autocast_is_on(x.device.type):
+            check_same_dtype("x", x, "the parameters", weight)
 
     def step(
         self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one frame, (B, input_size) or (B, input_size, H, W); what :meth:`forward` does with it, and refuses a clip.
+        """Runs one frame, (B, input_size) or (B, input_size, *S); what :meth:`forward` does with it, and refuses a clip.
 
         Raises:
-            ValueError: ``x`` is a sequence.
+            ValueError: ``x`` is a sequence, or the layer bidirectional: what comes later is not there yet.
         """
+        if self.bidirectional:
+            raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
         if isinstance(x, Tensor) and x.dim() != self.layout.count(","):
-            raise ValueError(f"x must be one frame {self.layout.replace('S, ', '')}, got shape {list(x.shape)}")
+            raise ValueError(f"x must be one frame {self.layout.replace('S, ', '', 1)}, got shape {list(x.shape)}")
         return self(x, h, reset=reset)
 
 
 class MinGRUStack(MinGRUBase):
-    """Layer after layer, dropout between them: what MinGRU and MinConv2dGRU have in common."""
+    """Layer after layer, dropout between them: what the stacks of both kinds of projection have in common."""
 
     hidden_sizes: list[int]
+    lstm: ClassVar[bool] = False
+    if TYPE_CHECKING:  # at run time a ModuleList, which TorchScript takes without an annotation
+        layers: Any
 
-    def __init__(self, layout: str, sizes: list[int], layers: list[MinGRULayer], dropout: float) -> None:
-        super().__init__(layout, sizes)
+    def __init__(
+        self,
+        layout: str,
+        sizes: list[int],
+        convolutions: list[Convolution] | None,
+        *,
+        bias: bool,
+        norm: Norm,
+        dropout: float,
+        residual: bool,
+        expand: float,
+        gate_bias: float | str | None,
+        chrono_max: int | None,
+        learn_h0: bool,
+        bidirectional: bool,
+        batch_first: bool,
+        **factory: Any,
+    ) -> None:
+        super().__init__(layout, sizes, as_bool("batch_first", batch_first), as_bool("bidirectional", bidirectional))
+        residual = as_bool("residual", residual)
+        start, chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, as_bool("bias", bias))
+        options: dict[str, Any] = {
+            "bias": bias,
+            "gate_bias": None if gate_bias is None else start,
+            "chrono_max": chrono_max,
+            "learn_h0": as_bool("learn_h0", learn_h0),
+        }
         self.hidden_sizes = sizes[1:]
-        self.dropout = dropout
-        self.layers = nn.ModuleList(layers)
+        self.dropout = as_probability("dropout", dropout)
+        self.layers = nn.ModuleList()
+        directions = 2 if bidirectional else 1
+        for i, size in enumerate(self.hidden_sizes):
+            size_in = sizes[0] if i == 0 else directions * sizes[i]
+            convolution = None if convolutions is None else convolutions[i]
+            make = make_feature_norm if convolution is None else make_norm
+            res_align: nn.Module | None = None
+            if residual and size_in == directions * size and (convolution is None or convolution.keeps_size):
+                res_align = nn.Identity()
+            elif residual:
+                plain = None if convolution is None else replace(convolution, groups=1, separable=False)
+                res_align = projection(plain, size_in, directions * size, 1, False, **factory)
+            layer = MinGRULayer(
+                size_in,
+                state_size(size, expand),
+                size,
+                convolution,
+                norm=make("norm", norm, size_in, **factory) or nn.Identity(),
+                res_align=res_align,
+                bidirectional=bidirectional,
+                batch_first=batch_first,
+                lstm=self.lstm,
+                **options,
+                **factory,
+            )
+            self.layers.append(layer)
+        described = {
+            "hidden_sizes": self.hidden_sizes,
+            "norm": norm,
+            "dropout": self.dropout,
+            "residual": residual,
+            "expand": None if expand == 1.0 else expand,
+            **options,
+            "bias": None if bias else "False",
+            "bidirectional": bidirectional,
+            "batch_first": None if batch_first else "False",
+        }
+        self.description = ", ".join(f"{name}={value}" for name, value in described.items() if value)
 
-    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def first_projection(self) -> nn.Module:
+        gate_hidden: nn.Module = self.layers[0].gate_hidden
+        return gate_hidden
+
+    def run(
+        self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):
             if i > 0:
                 out = F.dropout(out, self.dropout, self.training)
-            out, state = layer(out, None if h is None else h[i], i, codes)
-            states.append(state)
+            out, last = layer(out, h, len(states), codes, codes_back, resets)
+            states += last
         return out, states
 
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """Returns the states that ``h=None`` stands for, of x's dtype and device: 1/2, or those learned."""
+        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        batch = x.shape[0] if frame or self.batch_first else x.shape[1]
+        size = list(x.shape[2:]) if frame else list(x.shape[3:])
+        states: list[Tensor] = []
+        for layer in self.layers:
+            if hasattr(layer.gate_hidden, "size"):  # the one of a convolution
+                size = layer.gate_hidden.size(size)
+            states.append(layer.initial_state(x, batch, size))
+            if layer.reverse is not None:
+                states.append(layer.reverse.initial_state(x, batch, size))
+        return states
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
     def extra_repr(self) -> str:
-        residual = any(layer.res_align is not None for layer in self.layers)
-        return f"{self.layer_sizes[0]}, hidden_sizes={self.hidden_sizes}, dropout={self.dropout}, residual={residual}"
+        return f"{self.layer_sizes[0]}, {self.description}"
 
 
 class MinGRUCell(MinGRUBase):
@@ -202,7 +461,12 @@ class MinGRUCell(MinGRUBase):
             self.layer_sizes[0], 2 * self.layer_sizes[1], bias=bias, device=device, dtype=dtype
         )
 
-    def run(self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def first_projection(self) -> nn.Module:
+        return self.to_gate_hidden
+
+    def run(
+        self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         out, h_n = scan(self.to_gate_hidden(x), None if h is None else h[0], 0, codes)
         return out, [h_n]
 
@@ -210,31 +474,45 @@ class MinGRUCell(MinGRUBase):
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden_size)], of x's dtype and device."""
         check_sequence(x, self.layout, self.layer_sizes[0])
-        return zero_states(x, [[self.layer_sizes[1]]])
+        return [x.new_full([x.shape[0], 1, self.layer_sizes[1]], 0.5)]
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        self.to_gate_hidden.reset_parameters()
 
 
 class MinGRU(MinGRUStack):
     """Stacked minGRU: z = s(gate), h' = (1-z).h + z.g(hidden) in each layer, its output the next layer's input.
 
     s is the logistic function; g(v) = v + 1/2 for v >= 0 and s(v) otherwise. z near 1 takes the candidate g(hidden), z
-    near 0 keeps the state h. A layer projects its (normalised) input to [gate, hidden], scans, and adds its residual.
+    near 0 keeps the state h. A layer projects its (normalised) input to [gate, hidden], scans, projects the state to
+    its output where ``expand`` makes them differ, and adds its residual.
 
     Args:
         input_size: features of a step.
-        hidden_sizes: features of each layer's state, an int for one layer.
-        bias: learn the projections' biases.
-        norm: LayerNorm on each layer's input.
+        hidden_sizes: features of each layer's output, an int for one layer.
+        bias: learn the biases of the projections that the scan reads.
+        norm: on each layer's input: None, True or 'layer' (LayerNorm), 'rms' (RMSNorm), or a callable from a number of
+            features to a Module.
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a Linear without bias where their sizes differ.
+        expand: features of the state for each of the output, rounded down; a Linear without bias brings them back.
+        gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
+            draws it as the other biases.
+        chrono_max: the longest dependency expected, in steps, for 'chrono'.
+        learn_h0: learn the state before the first step, one number a feature, which starts at 1/2.
+        bidirectional: a second direction in each layer, with weights of its own, reads the sequence from its end; its
+            output joins the other's over the features.
+        batch_first: True for sequences (B, S, ...), False for (S, B, ...).
         device: where the parameters live.
         dtype: their dtype.
 
     Raises:
-        TypeError: a size is no int, or ``dropout`` no number.
-        ValueError: a size is not positive, ``hidden_sizes`` is empty, or ``dropout`` lies outside [0, 1].
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range, ``hidden_sizes`` is empty, or arguments exclude one another.
 
     Source:
-        Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201.
+        Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201; Tallec and Ollivier, arXiv 1804.11188 (chrono).
 
     Example:
         >>> import torch, convrnn
@@ -250,31 +528,51 @@ class MinGRU(MinGRUStack):
         hidden_sizes: int | list[int],
         *,
         bias: bool = True,
-        norm: bool = False,
+        norm: Norm = False,
         dropout: float = 0.0,
         residual: bool = False,
+        expand: float = 1.0,
+        gate_bias: float | str | None = None,
+        chrono_max: int | None = None,
+        learn_h0: bool = False,
+        bidirectional: bool = False,
+        batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sizes = [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)]
+        super().__init__(
+            "(B, S, input_size)",
+            [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)],
+            None,
+            bias=bias,
+            norm=norm,
+            dropout=dropout,
+            residual=residual,
+            expand=expand,
+            gate_bias=gate_bias,
+            chrono_max=chrono_max,
+            learn_h0=learn_h0,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
 
-        def layer(size_in: int, size_out: int) -> MinGRULayer:
-            res_align: nn.Module | None = None
-            if residual and size_in == size_out:
-                res_align = nn.Identity()
-            elif residual:
-                res_align = nn.Linear(size_in, size_out, bias=False, device=device, dtype=dtype)
-            return MinGRULayer(
-                nn.LayerNorm(size_in, device=device, dtype=dtype) if norm else nn.Identity(),
-                nn.Linear(size_in, 2 * size_out, bias=bias, device=device, dtype=dtype),
-                res_align,
-            )
 
-        layers = [layer(*pair) for pair in itertools.pairwise(sizes)]
-        super().__init__("(B, S, input_size)", sizes, layers, as_probability("dropout", dropout))
+class MinLSTM(MinGRU):
+    """Stacked minLSTM: f, i = s(Wx), h' = f/(f+i).h + i/(f+i).g(hidden) in each layer, with the arguments of MinGRU.
 
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the states that ``h=None`` stands for: 1/2 in (B, 1, hidden_i), of x's dtype and device."""
-        check_sequence(x, self.layout, self.layer_sizes[0])
-        return zero_states(x, [[size] for size in self.hidden_sizes])
+    s and g are those of :class:`MinGRU`, whose recurrence this is with z = i/(f+i), the logistic function of
+    log i - log f. ``gate_hidden`` packs f, i and the candidate. ``gate_bias`` is the bias of i, and minus that of f.
+
+    Source:
+        Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201.
+
+    Example:
+        >>> import torch, convrnn
+        >>> rnn = convrnn.MinLSTM(3, [8, 16], residual=True)
+        >>> rnn(torch.rand(2, 5, 3))[0].shape
+        torch.Size([2, 5, 16])
+    """
+
+    lstm: ClassVar[bool] = True

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import as_bool, as_pair, as_sizes, check_input, check_shape, check_states
-from ._gru_layer import Convolution, GRULayer
+from ._convolution import Convolution
+from ._gru_layer import GRULayer
 
 __all__ = ["StackedGRU_RCN"]
 

@@ -1,9 +1,22 @@
-"""ConvGRU and its siblings refuse each bad argument with its name, what was expected and what came."""
+"""Layers of every kind refuse each bad argument with its name, what was expected and what came."""
 
 import pytest
 import torch
 
-from convrnn import ConvGRU, ConvGRU1d, ConvGRUCell, SepConvGRUCell, StackedGRU_RCN
+from convrnn import (
+    ConvGRU,
+    ConvGRU1d,
+    ConvGRUCell,
+    MinConv1dGRU,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinConv3dGRU,
+    MinGRU,
+    MinGRUCell,
+    MinLSTM,
+    SepConvGRUCell,
+    StackedGRU_RCN,
+)
 
 RNN = {"input_size": 4, "hidden_sizes": [4, 6], "kernel_sizes": 3}
 
@@ -95,7 +108,11 @@ CALLS = [
         "step must be called on a layer of one",
     ),
     (lambda rnn: ConvGRU(4, 4, 3, padding_mode="reflect")(X[..., :1]), ValueError, "x is too small: a kernel of"),
-    (lambda rnn: ConvGRU(4, 4, 7, paddings=0)(X), ValueError, r"x is too small: a kernel of \(7, 7\) .* meets 5 x 5"),
+    (
+        lambda rnn: ConvGRU(4, 4, 7, paddings=0)(X),
+        ValueError,
+        r"x is too small: a kernel of \[7, 7\] .* meets \[5, 5\]",
+    ),
     (lambda rnn: ConvGRU(4, 4, 3, 1), TypeError, "positional arguments"),
     (lambda rnn: ConvGRU1d(4, 4, [(3, 3)]), ValueError, r"kernel_sizes\[0\] must be an int or a tuple of one"),
     (lambda rnn: ConvGRUCell(4, 4, 3, bidirectional=True), TypeError, "ConvGRUCell is one layer .* no bidirectional"),
@@ -115,3 +132,68 @@ CALLS = [
 def test_calls(call, error, message):
     with pytest.raises(error, match=message):
         call(ConvGRU(**RNN))
+
+
+MIN_GRU = {"input_size": 4, "hidden_sizes": [4, 6]}
+MIN_CONSTRUCTORS = [
+    (MinGRU, {"norm": "group"}, ValueError, "norm must be None, 'layer', 'rms' or a callable .* got 'group'"),
+    (MinGRU, {"norm": lambda size: size}, TypeError, "norm must return a Module for a number of channels, got int"),
+    (MinGRU, {"expand": 0}, ValueError, "expand must be positive and finite, got 0"),
+    (MinGRU, {"expand": float("inf")}, ValueError, "expand must be positive and finite, got inf"),
+    (MinGRU, {"expand": "2"}, TypeError, "expand must be a float, got '2'"),
+    (MinGRU, {"bias": 1}, TypeError, "bias must be a bool, got 1"),
+    (MinGRU, {"residual": "yes"}, TypeError, "residual must be a bool, got 'yes'"),
+    (MinGRU, {"gate_bias": "forget"}, ValueError, "gate_bias must be 'chrono', got 'forget'"),
+    (MinGRU, {"gate_bias": [1.0]}, TypeError, r"gate_bias must be a float or 'chrono', got \[1.0\]"),
+    (MinGRU, {"gate_bias": "chrono"}, ValueError, "chrono_max must be an int with gate_bias='chrono', got None"),
+    (MinGRU, {"chrono_max": 9}, ValueError, "chrono_max must be None without gate_bias='chrono', got 9"),
+    (MinGRU, {"gate_bias": 1.0, "bias": False}, ValueError, "gate_bias must be 0 with bias=False, got 1.0"),
+    (MinLSTM, {"learn_h0": None}, TypeError, "learn_h0 must be a bool, got None"),
+    (MinLSTM, {"bidirectional": 1}, TypeError, "bidirectional must be a bool, got 1"),
+    (MinLSTM, {"batch_first": 0}, TypeError, "batch_first must be a bool, got 0"),
+    (MinConv2dGRU, {"kernel_sizes": [3]}, ValueError, "kernel_sizes must .* each of the 2 layers, got 1"),
+    (MinConv2dGRU, {"norm": "rms"}, ValueError, "norm must be None, 'layer', 'group' or a callable .* got 'rms'"),
+    (MinConv2dGRU, {"paddings": "valid"}, ValueError, "paddings must be 'same', got 'valid'"),
+    (MinConv2dGRU, {"padding_mode": "wrap"}, ValueError, "padding_mode must be 'zeros' .* got 'wrap'"),
+    (MinConv2dGRU, {"dilations": [1, 0]}, ValueError, r"dilations\[1\] must be at least 1, got 0"),
+    (MinConv2dGRU, {"groups": 4, "hidden_sizes": 6}, ValueError, "groups must divide the 4 -> 6 channels of layer 0"),
+    (MinConv2dGRU, {"groups": 2, "expand": 0.5, "hidden_sizes": 6}, ValueError, "the 4 -> 3 channels of layer 0"),
+    (MinConv2dGRU, {"groups": 2, "separable": True}, ValueError, "groups must be 1 with separable=True, got 2"),
+    (MinConv2dGRU, {"bidirectional": "both"}, TypeError, "bidirectional must be a bool, got 'both'"),
+    (MinConv1dGRU, {"kernel_sizes": [(3, 3), 1]}, ValueError, r"kernel_sizes\[0\] must be an int or a tuple of one"),
+    (MinConv3dGRU, {"strides": [1, (1, 2)]}, ValueError, r"strides\[1\] must be an int or a triple"),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "error", "message"), MIN_CONSTRUCTORS)
+def test_constructors_of_mingru(kind, arguments, error, message):
+    convolution = {} if issubclass(kind, MinGRU) else {"kernel_sizes": 3}
+    with pytest.raises(error, match=message):
+        kind(**{**MIN_GRU, **convolution, **arguments})
+
+
+S = torch.zeros(2, 3, 4)
+MIN_CALLS = [
+    (lambda rnn: rnn(S.long()), TypeError, "x must be float32, .* got torch.int64"),
+    (
+        lambda rnn: rnn(S.double()),
+        TypeError,
+        "x must have the dtype of the parameters torch.float32, got torch.float64",
+    ),
+    (lambda rnn: rnn(S, reset=FLAGS.T), ValueError, r"reset must have shape \[2, 3\], got \[3, 2\]"),
+    (lambda rnn: MinGRU(4, 4, batch_first=False)(S[..., 0]), ValueError, r"x must be \(S, B, input_size\) with 4"),
+    (lambda rnn: MinGRU(4, 4, bidirectional=True)(S, [S[:, :1]]), ValueError, "h must hold 2 states, got 1"),
+    (lambda rnn: MinGRU(4, 4, bidirectional=True).step(S[:, 0]), ValueError, "step must be called on a layer of one"),
+    (lambda rnn: MinGRU(4, 4, batch_first=False).step(S), ValueError, r"x must be one frame \(B, input_size\), got"),
+    (lambda rnn: MinGRUCell(4, 4)(S.half()), TypeError, "x must have the dtype of the parameters"),
+    (lambda rnn: MinConv2dGRUCell(4, 4, (3, 3, 3)), ValueError, "kernel_size must be an int or a pair"),
+    (lambda rnn: MinConv2dGRUCell(4, 4, 3, padding="valid"), ValueError, "padding must be 'same', got 'valid'"),
+    (lambda rnn: MinConv2dGRUCell(4, 6, 3, groups=4), ValueError, "groups must divide the 4 -> 6 channels"),
+    (lambda rnn: MinConv1dGRU(4, 4, 3)(X), ValueError, r"x must be \(B, S, input_size, L\) with 4 channels"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MIN_CALLS)
+def test_calls_of_mingru(call, error, message):
+    with pytest.raises(error, match=message):
+        call(MinGRU(**MIN_GRU))

@@ -1,50 +1,78 @@
-"""ConvGRU with arguments, sizes, cuts and lengths drawn at random: the reference, chunks, gradients, padding."""
+"""Layers with arguments, sizes, cuts and lengths drawn at random: the reference, chunks, gradients, padding."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from convrnn import ConvGRU, ConvGRU1d, ConvGRU3d
+from convrnn import ConvGRU, ConvGRU1d, ConvGRU3d, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU, MinGRU, MinLSTM
 
 from .conftest import INTERPRETED
-from .conv_gru_reference import reference
+from .layer_reference import reference
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-kernel = st.integers(1, 3)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.15}
 
 
-@st.composite
-def layers(draw):
-    """A class and its arguments."""
-    kind = draw(st.sampled_from([ConvGRU1d, ConvGRU, ConvGRU, ConvGRU3d]))
-    dims = kind.spatial_dims
-    hidden = draw(st.lists(st.sampled_from([2, 4]), min_size=1, max_size=2))
-    sizes = st.tuples(*[kernel] * dims)
+def convolutions(draw, dims, layers):
+    """Arguments of the convolutions that both families have, and one size of a kernel."""
+    sizes = st.tuples(*[st.integers(1, 3)] * dims)
 
     def per_layer(entries):
-        return draw(st.lists(entries, min_size=len(hidden), max_size=len(hidden)))
+        return draw(st.lists(entries, min_size=layers, max_size=layers))
 
     separable = draw(st.booleans())
     arguments = {
         "kernel_sizes": per_layer(sizes),
-        "recurrent_kernel_sizes": draw(st.none() | sizes.map(lambda size: [size] * len(hidden))),
         "strides": per_layer(st.integers(1, 2)),
+        "paddings": draw(st.sampled_from(["same", "same", 1])),
         "dilations": per_layer(st.integers(1, 2)),
         "groups": 1 if separable else per_layer(st.integers(1, 2)),
-        "recurrent_groups": 1 if separable else draw(st.integers(1, 2)),
         "separable": separable,
         "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"])),
+    }
+    return arguments, sizes
+
+
+def switches(draw, *names):
+    return {name: draw(st.booleans()) for name in names}
+
+
+@st.composite
+def gru_layers(draw):
+    """A class of the ConvGRU family, its hidden sizes and its arguments."""
+    kind = draw(st.sampled_from([ConvGRU1d, ConvGRU, ConvGRU, ConvGRU3d]))
+    hidden = draw(st.lists(st.sampled_from([2, 4]), min_size=1, max_size=2))
+    arguments, sizes = convolutions(draw, kind.spatial_dims, len(hidden))
+    arguments |= {
+        "recurrent_kernel_sizes": draw(st.none() | sizes.map(lambda size: [size] * len(hidden))),
+        "recurrent_groups": 1 if arguments["separable"] else draw(st.integers(1, 2)),
         "norm": draw(st.sampled_from([None, "layer", True])),
         "cell_norm": draw(st.sampled_from([None, None, "layer"])),
         "zoneout": draw(st.sampled_from([0.0, 0.2])),
-        **{name: draw(st.booleans()) for name in ("bias", "reset_after", "residual", "learn_h0", "bidirectional")},
+        **switches(draw, "bias", "reset_after", "residual", "learn_h0", "bidirectional"),
     }
     if draw(st.booleans()):  # what the whole-sequence op covers
         plain = {"strides": 1, "dilations": 1, "groups": 1, "recurrent_groups": 1, "separable": False, "zoneout": 0.0}
-        arguments |= {**plain, "padding_mode": "zeros", "cell_norm": None, "reset_after": False}
+        arguments |= {**plain, "paddings": "same", "padding_mode": "zeros", "cell_norm": None, "reset_after": False}
+    return kind, hidden, arguments
+
+
+@st.composite
+def mingru_layers(draw):
+    """A class of the minGRU family, its hidden sizes and its arguments."""
+    kind = draw(st.sampled_from([MinGRU, MinLSTM, MinConv1dGRU, MinConv2dGRU, MinConv3dGRU]))
+    hidden = draw(st.lists(st.sampled_from([2, 4]), min_size=1, max_size=2))
+    dims = getattr(kind, "spatial_dims", 0)
+    arguments = convolutions(draw, dims, len(hidden))[0] if dims else {}
+    arguments |= {
+        "norm": draw(st.sampled_from([None, True, "layer", "group" if dims else "rms"])),
+        "expand": draw(st.sampled_from([1.0, 1.0, 2.0, 1.5])),
+        **switches(draw, "bias", "residual", "learn_h0", "bidirectional"),
+    }
+    if arguments.get("groups", 1) != 1:
+        arguments["expand"] = 2.0  # which they divide
     return kind, hidden, arguments
 
 
@@ -55,13 +83,14 @@ def loss(x, outputs):
     return 0 * x.sum() + sum((w * y).sum() for w, y in zip(weights, outputs, strict=True))
 
 
-@hypothesis.settings(max_examples=20 if INTERPRETED else 150, deadline=None, derandomize=True, database=None)
+@pytest.mark.parametrize("layers", [gru_layers, mingru_layers])
+@hypothesis.settings(max_examples=20 if INTERPRETED else 120, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
-def test_layer_equals_its_reference(data):
+def test_layer_equals_its_reference(layers, data):
     kind, hidden, arguments = data.draw(layers())
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
     batch, steps = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    size = data.draw(st.tuples(*[st.integers(5, 6)] * kind.spatial_dims))
+    size = data.draw(st.tuples(*[st.integers(5, 6)] * getattr(kind, "spatial_dims", 0)))
     lengths = data.draw(st.none() | st.lists(st.integers(0, steps), min_size=batch, max_size=batch).map(torch.tensor))
     flags = st.lists(st.booleans(), min_size=batch * steps, max_size=batch * steps)
     reset = data.draw(st.none() | flags.map(lambda bits: torch.tensor(bits).view(batch, steps)))
@@ -71,6 +100,8 @@ def test_layer_equals_its_reference(data):
     x = torch.randn(batch, steps, 2, *size).to(dtype)
     try:
         rnn = kind(2, hidden, **arguments, dtype=torch.float64).eval().requires_grad_()
+        for parameter in truth.parameters():  # biases, norms and learned states too
+            torch.nn.init.normal_(parameter, std=0.4)
         h = [torch.randn_like(state).to(dtype) for state in truth.init_hidden_state(x.double())]
         truth(x.double(), [state.double() for state in h])
     except ValueError as error:  # a frame smaller than what reflect and circular padding must find
@@ -92,10 +123,11 @@ def test_layer_equals_its_reference(data):
         again = rnn(x.masked_fill(padding, float("nan")), h, **masks)
         assert_close(again, (out, h_n), atol=0, rtol=0)
     if dtype == torch.float64:
-        (ours,) = torch.autograd.grad(loss(x, [out, *h_n]), x)
-        (theirs,) = torch.autograd.grad(loss(exact, [out_ref, *h_ref]), exact)
-        assert_close(ours, theirs, **close)
-    if rnn.directions == 1:
+        options = {"allow_unused": True, "materialize_grads": True}
+        ours = torch.autograd.grad(loss(x, [out, *h_n]), [x, *rnn.parameters()], **options)
+        theirs = torch.autograd.grad(loss(exact, [out_ref, *h_ref]), [exact, *truth.parameters()], **options)
+        assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    if not arguments["bidirectional"]:
         cut = data.draw(st.integers(0, steps))
         parts = []
         for span in (slice(0, cut), slice(cut, steps)):

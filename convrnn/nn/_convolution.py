@@ -1,0 +1,298 @@
+"""The convolutions of the layers: one to three dimensions, any padding, in groups or separable, several in one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import as_bool, as_choice, as_ints, as_tuple, as_tuples
+
+__all__ = ["Conv", "Convolution", "Size", "Sizes", "as_convolutions"]
+
+Size = int | Sequence[int]
+Sizes = int | Sequence[Size]
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution without its weights; ``padding`` holds (before, after) for each dimension, None is 'same'.
+
+    'Same' padding with a stride gives every stride-th pixel of the convolution without one. ``separable`` convolves
+    each channel on its own and then mixes the channels of each pixel.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[tuple[int, int], ...] | None = None
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    mode: str = "zeros"
+    separable: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """Returns the kernel, and whatever else is not the default, under the names of a cell's arguments."""
+        ones = (1,) * len(self.kernel)
+        padding = None if self.padding is None else tuple(before for before, _ in self.padding)
+        found = {
+            "kernel_size": self.kernel,
+            "stride": self.stride if self.stride != ones else None,
+            "padding": padding,
+            "dilation": self.dilation if self.dilation != ones else None,
+            "groups": self.groups if self.groups > 1 else None,
+            "separable": self.separable or None,
+            "padding_mode": self.mode if self.mode != "zeros" else None,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def pads(self) -> tuple[tuple[int, int], ...]:
+        """Padding (before, after) of each dimension; an even kernel has one more after, as PyTorch's 'same' has."""
+        if self.padding is not None:
+            return self.padding
+        spans = [dilation * (kernel - 1) for dilation, kernel in zip(self.dilation, self.kernel, strict=True)]
+        return tuple((span // 2, span - span // 2) for span in spans)
+
+    @property
+    def keeps_size(self) -> bool:
+        """True if every input keeps its size."""
+        return set(self.stride) == {1} and all(
+            before + after == dilation * (kernel - 1)
+            for (before, after), dilation, kernel in zip(self.pads, self.dilation, self.kernel, strict=True)
+        )
+
+    @property
+    def fused(self) -> bool:
+        """True if this is the convolution of ``convrnn.gru_rcn``: dense, with 'same' padding of zeros."""
+        same = Convolution(self.kernel, dilation=(1,) * len(self.kernel)).pads
+        dense = self.groups == 1 and not self.separable and set(self.stride) == set(self.dilation) == {1}
+        return dense and self.pads == same and (self.mode == "zeros" or set(self.kernel) == {1})
+
+    @property
+    def paddings(self) -> tuple[list[int], list[int]]:
+        """What the convolution pads by itself, and what ``F.pad`` has to before it, empty where it need not."""
+        if all(before == after for before, after in self.pads) and (
+            self.mode == "zeros" or not any(sum(self.pads, ()))
+        ):
+            return [before for before, _ in self.pads], []
+        return [0 for _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
+
+    def size(self, size: list[int]) -> list[int]:
+        """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
+        pads = [pad for pair in self.pads for pad in pair]
+        return output_size(size, [*self.kernel], [*self.stride], pads, [*self.dilation], self.mode)
+
+    def shapes(self, channels: int, out_channels: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Returns the shape of the weight, and that of the depthwise one of a separable convolution."""
+        if self.separable:
+            return (out_channels, channels, *(1 for _ in self.kernel)), (channels, 1, *self.kernel)
+        return (out_channels, channels // self.groups, *self.kernel), None
+
+    def check_groups(self, name: str, channels: int, out_channels: int, layer: int) -> None:
+        """Raises unless the groups, which the argument ``name`` gave, divide the channels of the layer."""
+        if channels % self.groups or out_channels % self.groups:
+            raise ValueError(
+                f"{name} must divide the {channels} -> {out_channels} channels of layer {layer}, got {self.groups}"
+            )
+        if self.separable and self.groups > 1:
+            raise ValueError(f"{name} must be 1 with separable=True, got {self.groups}")
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, depthwise: Tensor | None = None, bias: Tensor | None = None, packed: int = 1
+    ) -> Tensor:
+        """Convolves (N, channels, *S); ``packed`` convolutions, one after another in ``weight``, all read x."""
+        padding, outer = self.paddings
+        return convolve(
+            x,
+            weight,
+            depthwise,
+            bias,
+            [*self.stride],
+            padding,
+            [*self.dilation],
+            self.groups,
+            packed,
+            outer,
+            self.mode,
+        )
+
+
+def as_convolutions(
+    dims: int,
+    channels: list[tuple[int, int]],
+    *,
+    kernel_sizes: Any,
+    strides: Any,
+    paddings: Any,
+    dilations: Any,
+    groups: Any,
+    separable: Any,
+    padding_mode: Any,
+    prefix: str = "",
+    plural: bool = True,
+) -> list[Convolution]:
+    """Returns the convolution of each layer, whose (input, output) channels are given, from arguments of users.
+
+    Their names in errors have the ``prefix``; without ``plural`` they are those of a cell, of one layer.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    separable = as_bool("separable", separable)
+    mode = as_choice("padding_mode", padding_mode, PADDING_MODES)
+
+    def tuples(name: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
+        if plural:
+            return as_tuples(f"{prefix}{name}s", value, minimum, len(channels), dims)
+        return [as_tuple(f"{prefix}{name}", value, minimum, dims)]
+
+    kernels, steps = tuples("kernel_size", kernel_sizes), tuples("stride", strides)
+    spread, counts = tuples("dilation", dilations), as_ints(f"{prefix}groups", groups, len(channels))
+    pads: list[Any] = [None for _ in channels]
+    if isinstance(paddings, str):
+        as_choice("paddings" if plural else "padding", paddings, ("same",))
+    else:
+        pads = [tuple((pad, pad) for pad in entry) for entry in tuples("padding", paddings, 0)]
+    found = []
+    for i, pair in enumerate(channels):
+        convolution = Convolution(kernels[i], steps[i], pads[i], spread[i], counts[i], mode, separable)
+        convolution.check_groups(f"{prefix}groups", *pair, i)
+        found.append(convolution)
+    return found
+
+
+class Conv(nn.Module):
+    """``packed`` convolutions of one kind with weights of their own, all of which read the frames (N, channels, *S).
+
+    Parameters: ``weight`` (packed*out_channels, channels/groups, *kernel), ``bias``; where separable ``depthwise``
+    (channels, 1, *kernel) beside a ``weight`` of single pixels. Drawn as those of ``torch.nn.Conv2d``. Scriptable.
+    """
+
+    weight: Tensor
+    depthwise: Tensor | None
+    bias: Tensor | None
+    outer: list[int]  # an empty list does not tell TorchScript its type
+
+    def __init__(
+        self,
+        convolution: Convolution,
+        channels: int,
+        out_channels: int,
+        packed: int = 1,
+        *,
+        bias: bool = True,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        shape, depthwise = convolution.shapes(channels, packed * out_channels)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.register_parameter(
+            "depthwise", None if depthwise is None else nn.Parameter(torch.empty(depthwise, **factory))
+        )
+        self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
+        self.description = ", ".join(f"{name}={value}" for name, value in convolution.described().items())
+        self.kernel, self.stride = [*convolution.kernel], [*convolution.stride]
+        self.dilation = [*convolution.dilation]
+        self.padding, self.outer = convolution.paddings
+        self.pads = [pad for pair in convolution.pads for pad in pair]
+        self.groups, self.packed, self.mode = convolution.groups, packed, convolution.mode
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.weight, self.depthwise):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(
+            x,
+            self.weight,
+            self.depthwise,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.packed,
+            self.outer,
+            self.mode,
+        )
+
+    def size(self, size: list[int]) -> list[int]:
+        """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
+        return output_size(size, self.kernel, self.stride, self.pads, self.dilation, self.mode)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} channels, {self.description}, bias={self.bias is not None}"
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    depthwise: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    packed: int,
+    outer: list[int],
+    mode: str,
+) -> Tensor:
+    """``packed`` convolutions of (N, channels, *S), each in ``groups``, behind the padding ``outer``. Scriptable."""
+    if len(outer) > 0:
+        x = F.pad(x, outer, "constant" if mode == "zeros" else mode)
+    if depthwise is not None:
+        x = _convolve(x, depthwise, None, stride, padding, dilation, depthwise.shape[0])
+        once = [1] * len(stride)
+        return _convolve(x, weight, bias, once, [0] * len(stride), once, 1)
+    if groups > 1:
+        # They divide each of the packed convolutions, not their pack.
+        x = x.repeat([1, packed] + [1] * len(stride))
+        groups = groups * packed
+    return _convolve(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    if len(stride) == 1:
+        return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+    if len(stride) == 2:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def output_size(
+    size: list[int], kernel: list[int], stride: list[int], pads: list[int], dilation: list[int], mode: str
+) -> list[int]:
+    """The size of a convolution's output, ``pads`` being (before, after) of each dimension. Scriptable."""
+    out: list[int] = []
+    for i in range(len(size)):
+        extent, before, after = size[i], pads[2 * i], pads[2 * i + 1]
+        span = dilation[i] * (kernel[i] - 1)
+        wide = max(before, after)
+        if (
+            extent + before + after <= span
+            or (mode == "reflect" and wide > extent - 1)
+            or (mode == "circular" and wide > extent)
+        ):
+            raise ValueError(
+                f"x is too small: a kernel of {kernel} with dilation {dilation} and {mode} padding {pads} meets {size}"
+            )
+        out.append((extent + before + after - span - 1) // stride[i] + 1)
+    return out

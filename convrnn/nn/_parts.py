@@ -1,0 +1,62 @@
+"""What the layers of both families have beside their recurrence: normalisations, and the initial bias of the gate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Norm", "fill_gate_bias", "make_norm"]
+
+Norm = bool | str | Callable[[int], nn.Module] | None
+
+
+def norm_groups(channels: int) -> int:
+    """Returns the first of 64, 32, 16, 8, 4, 1 that divides the channels and leaves min(4, channels) in a group."""
+    return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
+
+
+def make_norm(name: str, norm: Norm, channels: int, packed: int = 1, **factory: Any) -> nn.Module | None:
+    """Returns the normalisation of ``packed`` times ``channels`` channels, each of the packed ones on its own.
+
+    None and False are none, 'layer' is a GroupNorm of one group, 'group' and True one of up to 64 groups of at least 4
+    channels; a callable gets the number of all channels.
+    """
+    if norm is None or norm is False:
+        return None
+    if callable(norm):
+        return _called(name, norm, packed * channels, factory)
+    if norm is not True and norm not in ("layer", "group"):
+        raise ValueError(f"{name} must be None, 'layer', 'group' or a callable channels -> Module, got {norm!r}")
+    groups = 1 if norm == "layer" else norm_groups(channels)
+    return nn.GroupNorm(packed * groups, packed * channels, **factory)
+
+
+def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> nn.Module | None:
+    """Returns the normalisation of steps without images: True and 'layer' are LayerNorm, 'rms' is RMSNorm."""
+    if norm is None or norm is False:
+        return None
+    if callable(norm):
+        return _called(name, norm, features, factory)
+    if norm is not True and norm not in ("layer", "rms"):
+        raise ValueError(f"{name} must be None, 'layer', 'rms' or a callable features -> Module, got {norm!r}")
+    return (nn.RMSNorm if norm == "rms" else nn.LayerNorm)(features, **factory)
+
+
+def _called(name: str, norm: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:
+    module = norm(channels)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must return a Module for a number of channels, got {type(module).__name__}")
+    return module.to(**factory)
+
+
+@torch.no_grad()
+def fill_gate_bias(gate: Tensor, value: float | str, chrono_max: int | None) -> None:
+    """Fills the bias of z with a number, or for 'chrono' with minus the logarithm of numbers drawn from [1, max - 1].
+
+    log U(1, T-1) is the bias of a gate that keeps; z is the gate that takes, hence the sign.
+    """
+    if isinstance(value, str):
+        gate.copy_(-torch.empty_like(gate).uniform_(1.0, float((chrono_max or 2) - 1)).log())
+    else:
+        gate.fill_(value)

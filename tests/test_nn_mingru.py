@@ -238,6 +238,10 @@ def test_bad_input(case, device):
         rnn(x, [*h, h[0]])
     with pytest.raises(TypeError, match="h must be a list .* got Tensor"):
         rnn(x, h[0])
+    with pytest.raises(TypeError, match=rf"h\[{len(h) - 1}\] must be float32, .* got torch.int32"):
+        rnn(x, [*h[:-1], h[-1].int()])
+    with pytest.raises(ValueError, match=rf"h\[{len(h) - 1}\] must be on the device of x .* got meta"):
+        rnn(x, [*h[:-1], h[-1].to("meta")])
     for bad_h in (h[-1][:1], h[-1][:, 0], h[-1][..., 1:]):
         with pytest.raises(ValueError, match=rf"h\[{len(h) - 1}\] must have shape .* got"):
             rnn(x, [*h[:-1], bad_h])

@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import as_bool, as_int, as_sizes, check_sequence
 from ._convolution import Conv, Size, Sizes, as_convolutions
 from ._parts import Norm
-from .mingru import MinGRUBase, MinGRUStack, scan, state_size
+from .mingru import MinGRUBase, MinGRUStack, check_read, scan, state_size
 
 __all__ = [
     "MinConv1dGRU",
@@ -61,12 +61,11 @@ class MinConvGRUCell(MinGRUBase):
             convolution, size_in, size, 2, bias=as_bool("bias", bias), device=device, dtype=dtype
         )
 
-    def first_projection(self) -> nn.Module:
-        return self.to_gate_hidden
-
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
     ) -> tuple[Tensor, list[Tensor]]:
+        if not torch.jit.is_scripting():
+            check_read(x, self.to_gate_hidden)
         gate_hidden = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         out, h_n = scan(gate_hidden, None if h is None else h[0], 0, codes)
         return out, [h_n]

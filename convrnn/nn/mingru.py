@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_dtype
-from convrnn.ops.mingru import coded_mingru, encode
+from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
+from convrnn.ops.mingru import encode
 
 from ._checks import (
     as_bool,
@@ -32,10 +32,12 @@ __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
 def scan(gate_hidden: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Runs minGRU over (B, T, 2C, *S) from the state h (B, 1, C, *S), the i-th; None is the 'zero' state."""
     if h is not None:
-        shape = list(gate_hidden.shape)
-        check_shape(f"h[{i}]", h, [shape[0], 1, shape[2] // 2] + shape[3:])
+        name, shape = f"h[{i}]", list(gate_hidden.shape)
+        check_shape(name, h, [shape[0], 1, shape[2] // 2] + shape[3:])
+        check_floating(name, h)
+        check_same_device(name, h, "x", gate_hidden)
         h = h.squeeze(1)
-    out, h_n = coded_mingru(gate_hidden, h, codes)
+    out, h_n = torch.ops.convrnn.mingru(gate_hidden, h, codes)
     return out, h_n.unsqueeze(1)
 
 
@@ -58,6 +60,15 @@ def projection(
 def state_size(size: int, expand: float) -> int:
     """Features of the state where the output has ``size``."""
     return max(1, int(as_positive("expand", expand) * size))
+
+
+def check_read(x: Tensor, reader: nn.Module) -> None:
+    """TypeError unless x has the dtype of the weight that reads it, or autocast is on. What has none takes any."""
+    weight = getattr(reader, "weight", x)
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype and weight.is_floating_point():
+        check_floating("x", x)
+        if not autocast_is_on(x.device.type):
+            check_same_dtype("x", x, "the parameters", weight)
 
 
 class MinGRUDirection(nn.Module):
@@ -125,7 +136,7 @@ class MinGRUDirection(nn.Module):
     def recur(
         self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
     ) -> tuple[Tensor, Tensor]:
-        """Runs over the frames of x, (B, T) or (T, B) of them in one dimension; returns as many, and the last state."""
+        """Runs over the frames of x, (B, T) or (T, B) of them in one dimension; returns x's output, and the last state."""
         gate_hidden = self.gate_hidden(frames)
         if self.lstm:
             gate_hidden = gates_of_lstm(gate_hidden)
@@ -149,9 +160,8 @@ class MinGRUDirection(nn.Module):
             out = out.flip(1)
         if not self.batch_first:
             out = out.transpose(0, 1)
-        out = out.flatten(0, 1)
         if self.out_proj is not None:
-            out = self.out_proj(out)
+            out = self.out_proj(out.flatten(0, 1)).unflatten(0, x.shape[:2])
         return out, h_n
 
 
@@ -178,18 +188,19 @@ class MinGRULayer(MinGRUDirection):
         """Runs over (B, T, channels, *S) from the states ``h`` of its directions, the i-th and the next of the stack."""
         if not self.batch_first:
             x = x.transpose(0, 1)
+        if i == 0 and not torch.jit.is_scripting():
+            check_read(x, self.gate_hidden)
         frames = x.flatten(0, 1)
         read = self.norm(frames)
         out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
         states = [h_n]
         if self.reverse is not None:
             back, h_n = self.reverse.recur(read, x, None if h is None else h[i + 1], i + 1, codes_back, resets)
-            out = torch.cat((out, back), 1)
+            out = torch.cat((out, back), 2)
             states.append(h_n)
         if self.res_align is not None:
             # Added frame by frame: the sum of two (B, T, ...) views would tie torch.export to one T.
-            out = out + self.res_align(frames)
-        out = out.unflatten(0, x.shape[:2])
+            out = (out.flatten(0, 1) + self.res_align(frames)).unflatten(0, x.shape[:2])
         return out if self.batch_first else out.transpose(0, 1), states
 
 
@@ -203,7 +214,6 @@ class MinGRUBase(nn.Module):
     bidirectional: Final[bool]
     if TYPE_CHECKING:
         run: Any
-        first_projection: Any
 
     def __init__(self, layout: str, sizes: list[int], batch_first: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
@@ -243,9 +253,6 @@ class MinGRUBase(nn.Module):
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
             return run_packed(self, x, h, lengths, reset)
         frame = check_sequence(x, self.layout, self.layer_sizes[0])
-        check_floating("x", x)
-        if not torch.jit.is_scripting():
-            self._check_dtype(x)
         if frame:
             x = x.unsqueeze(1)
             if isinstance(reset, Tensor):
@@ -279,12 +286,6 @@ class MinGRUBase(nn.Module):
         elif not self.batch_first:
             out = out.transpose(0, 1)
         return out, states
-
-    def _check_dtype(self, x: Tensor) -> None:
-        """Raises unless x has the dtype of the projection's weight, or autocast is on."""
-        weight = getattr(self.first_projection(), "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not autocast_is_on(x.device.type):
-            check_same_dtype("x", x, "the parameters", weight)
 
     def step(
         self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
@@ -377,17 +378,13 @@ class MinGRUStack(MinGRUBase):
         }
         self.description = ", ".join(f"{name}={value}" for name, value in described.items() if value)
 
-    def first_projection(self) -> nn.Module:
-        gate_hidden: nn.Module = self.layers[0].gate_hidden
-        return gate_hidden
-
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
     ) -> tuple[Tensor, list[Tensor]]:
         states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):
-            if i > 0:
+            if i > 0 and self.training:
                 out = F.dropout(out, self.dropout, self.training)
             out, last = layer(out, h, len(states), codes, codes_back, resets)
             states += last
@@ -461,12 +458,11 @@ class MinGRUCell(MinGRUBase):
             self.layer_sizes[0], 2 * self.layer_sizes[1], bias=bias, device=device, dtype=dtype
         )
 
-    def first_projection(self) -> nn.Module:
-        return self.to_gate_hidden
-
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
     ) -> tuple[Tensor, list[Tensor]]:
+        if not torch.jit.is_scripting():
+            check_read(x, self.to_gate_hidden)
         out, h_n = scan(self.to_gate_hidden(x), None if h is None else h[0], 0, codes)
         return out, [h_n]
 

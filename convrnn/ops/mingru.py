@@ -60,13 +60,7 @@ def mingru(
     frames = list(gate_hidden.shape[:2])
     check_mask("reset", reset, frames, True, "gate_hidden", gate_hidden)
     check_mask("hold", hold, frames, True, "gate_hidden", gate_hidden)
-    return coded_mingru(gate_hidden, h0, encode(reset, hold))
-
-
-def coded_mingru(gate_hidden: Tensor, h0: Tensor | None, codes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`mingru` for masks that :func:`encode` has read already."""
-    _check(gate_hidden, h0, codes)
-    h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0, codes)
+    h, h_n = torch.ops.convrnn.mingru(gate_hidden, h0, encode(reset, hold))
     return h, h_n
 
 

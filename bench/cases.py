@@ -104,6 +104,8 @@ def modules() -> Iterator[Case]:
     yield mingru_module(1, 128, 128, dtype=BF16)
     yield mingru_module(1, 65536, 64, exhaustive=True)
     yield mingru_module(16, 128, 128, layers=4, gru=False, exhaustive=True)
+    yield mingru_module(4, 128, 128, lstm=True, gru=False)
+    yield mingru_module(1, 64, 128, lstm=True, gru=False, dtype=BF16)
     yield bidirectional_module(16, 128, 64)
     yield bidirectional_module(1, 128, 64, dtype=BF16)
     yield minconv_module(5, 10, 3, 64, 64)

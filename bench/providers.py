@@ -112,7 +112,7 @@ def input_convolution(frames: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 class PlainStack(nn.Module):
-    """A stack of minGRU layers (``convrnn.MinGRU`` or ``MinConv2dGRU``, copied) around another ``scan``."""
+    """A stack of minGRU or minLSTM layers (``convrnn.MinGRU`` and its kin, copied) around another ``scan``."""
 
     def __init__(self, stack: nn.Module, scan: Run) -> None:
         super().__init__()
@@ -122,7 +122,11 @@ class PlainStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             frames = x.flatten(0, 1)
-            out = self.scan(layer.gate_hidden(layer.norm(frames)).unflatten(0, x.shape[:2]))
+            gate_hidden = layer.gate_hidden(layer.norm(frames)).unflatten(0, x.shape[:2])
+            if layer.lstm:
+                forget, take, hidden = gate_hidden.chunk(3, 2)
+                gate_hidden = torch.cat((F.logsigmoid(take) - F.logsigmoid(forget), hidden), 2)
+            out = self.scan(gate_hidden)
             if layer.res_align is not None:
                 out = out + layer.res_align(frames).unflatten(0, x.shape[:2])
             x = out

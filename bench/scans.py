@@ -89,23 +89,31 @@ def stack_problem(x: Tensor, stack: nn.Module) -> Problem:
 
 
 def mingru_module(
-    *shape: int, layers: int = 1, gru: bool = True, dtype: torch.dtype = torch.float32, **options: object
+    *shape: int,
+    layers: int = 1,
+    gru: bool = True,
+    lstm: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **options: object,
 ) -> Case:
-    """Stacked minGRU, as many features in as out, (B, T, C)."""
+    """Stacked minGRU, or minLSTM, as many features in as out, (B, T, C)."""
     batch, steps, features = shape
+    kind = convrnn.MinLSTM if lstm else convrnn.MinGRU
 
     def build(device: torch.device, dtype: torch.dtype) -> Problem:
         x = torch.randn(shape, device=device).to(dtype)
-        problem = stack_problem(x, convrnn.MinGRU(features, [features] * layers, device=device, dtype=dtype))
+        problem = stack_problem(x, kind(features, [features] * layers, device=device, dtype=dtype))
         if gru:
             provider = equal_gru(features, features)
             provider.run.to(device, dtype)
             problem.providers["torch.nn.GRU"] = provider
         return problem
 
-    weights = 2 * features * features
+    weights = (3 if lstm else 2) * features * features
     work = convolution_work(dtype, batch * steps, 1, 2 * batch * steps * features, layers * weights)
-    return Case("MinGRU" + (f" x{layers}" if layers > 1 else ""), shape, build, *work, dtype, group="module", **options)
+    return Case(
+        kind.__name__ + (f" x{layers}" if layers > 1 else ""), shape, build, *work, dtype, group="module", **options
+    )
 
 
 def minconv_module(

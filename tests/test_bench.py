@@ -67,7 +67,7 @@ def test_every_op_and_module_is_measured():
     ops = {case.op.split()[0] for case in all_cases()}
     assert ops >= {"mingru", "log_scan", "gru_gates", "gru_update", "gru_rcn"}
     layers = {name for name in convrnn.__all__ if isinstance(getattr(convrnn, name), type)}
-    assert ops >= {name for name in layers if not name.endswith(("1d", "3d"))}  # which are the 2-D layer's code
+    assert ops >= {name for name in layers if "1d" not in name and "3d" not in name}  # which are the 2-D layer's code
     half = {case.op for case in all_cases() if case.dtype == torch.bfloat16 and not case.exhaustive}
     assert half >= {op for op in ops if not op.endswith("Cell")}
 

@@ -6,7 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from convrnn.ops._check import check_mask
+
 # All but run_packed is scriptable.
+
+
+def read_masks(x: Tensor, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Checks both for x (B, T, ...) and returns which frames its rows have, and which of these begin a sequence."""
+    check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
+    check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+    live: Tensor | None = None
+    if lengths is not None:
+        live = live_frames(lengths, x)
+        if reset is not None:
+            reset = reset & live
+    return live, reset
 
 
 def live_frames(lengths: Tensor, x: Tensor) -> Tensor:

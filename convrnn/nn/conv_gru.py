@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
+from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
 
 from ._checks import (
     as_bool,
@@ -24,7 +24,7 @@ from ._checks import (
     check_states,
 )
 from ._gru_layer import Convolution, GRULayer, Norm, make_norm
-from ._masks import blank, live_frames, resets_before
+from ._masks import blank, read_masks, resets_before
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
 
@@ -40,9 +40,9 @@ class ConvGRU(nn.Module):
     ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
     near 0 keeps the state h. Each layer reads the output of the one before, and computes the input's convolutions, of
     any kind, for all frames at once. A layer whose recurrent convolutions are dense, with zero padding and without
-    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), as long as none of ``reset_after``,
-    ``cell_norm``, ``zoneout``, ``recurrent_dropout`` (in training), ``lengths`` and ``reset`` is in use; every other
-    walks over time. Compiled, such a walk is unrolled.
+    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), with ``lengths`` and ``reset`` too, as long as
+    none of ``reset_after``, ``cell_norm``, ``zoneout`` and ``recurrent_dropout`` (in training) is in use, nor ``reset``
+    with ``learn_h0``; every other walks over time. Compiled, such a walk is unrolled.
 
     Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
     (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).
@@ -272,15 +272,9 @@ class ConvGRU(nn.Module):
         if not autocast_is_on(x.device.type):
             check_same_dtype("x", x, "the parameters", layer.W)
         check_states(h, self.num_layers * self.directions)
-        batch, steps = x.shape[:2]
-        check_mask("reset", reset, [batch, steps], True, "x", x)
-        check_mask("lengths", lengths, [batch], False, "x", x)
-
-        live: Tensor | None = None
-        if lengths is not None:
-            live = live_frames(lengths, x)
+        live, reset = read_masks(x, lengths, reset)
+        if live is not None:
             x = blank(x, live)
-            reset = None if reset is None else reset & live
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if i > 0:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from convrnn.ops._check import check_mask
-from convrnn.ops.mingru import coded_mingru, encode
+from convrnn.ops._codes import encode
+from convrnn.ops.mingru import coded_mingru
 
 from ._checks import as_int, as_probability, as_sizes, check_sequence, check_shape, check_states
 from ._masks import blank, live_frames, run_packed

@@ -174,7 +174,7 @@ def count_all(arch: int) -> tuple[list[Floor], list[Moved]]:
                     )
                 )
                 ours = OURS if op.chunks(shape, dtype) == 1 else CHUNKED
-                if ours not in shown and not op.convolves:  # plain PyTorch's convolutions are not counted
+                if ours not in shown and op.plain and not op.convolves:  # plain PyTorch's convolutions are not counted
                     shown.add(ours)
                     forms = {} if total is None else {ours: total}
                     if ours == OURS:

@@ -64,10 +64,11 @@ def gru_gates_fwd_kernel(
         hz, hr = tl.where(restarts(code), 0.0, hz), tl.where(restarts(code), 0.0, hr)
         state = tl.where(code != 0, 0.0, state)
     reset = sigmoid(xr + hr)
+    z = z + sample * (z_stride * VEC) + lane
     update = sigmoid(xz + hz)
     if codes is not None:
         update, reset = tl.where(holds(code), 0.0, update), tl.where(holds(code), 0.0, reset)
-    tl.store(z + sample * (z_stride * VEC) + lane, update, mask)
+    tl.store(z, update, mask)
     tl.store(r + sample * (r_stride * VEC) + lane, reset, mask)
     tl.store(rh + sample * (rh_stride * VEC) + lane, reset * state, mask)
 

@@ -78,11 +78,11 @@ def gru_rcn_bwd_candidate_kernel(
     if codes is not None:
         grad_z, grad_c = tl.where(holds(code), 0.0, grad_z), tl.where(holds(code), 0.0, grad_c)
         passed = tl.where(restarts(code), 0.0, tl.where(holds(code), grad, passed))
+    tl.store(dh, passed, mask)
     tl.store(dz + sample * (dz_stride * VEC) + lane, grad_z, mask)
     tl.store(dc + sample * (dc_stride * VEC) + lane, grad_c, mask)
     if codes is not None:
         grad_z, grad_c = tl.where(restarts(code), 0.0, grad_z), tl.where(restarts(code), 0.0, grad_c)
-    tl.store(dh, passed, mask)
     tl.store(dz_frame + sample * (dz_frame_stride * VEC) + lane, grad_z, mask)
     tl.store(dc_frame + sample * (dc_frame_stride * VEC) + lane, grad_c, mask)
 

@@ -127,22 +127,22 @@ def gru_conv_gates_fwd_kernel(
     area = height.to(tl.int64) * width
     zr += (sample * zr_stride + place)[None, :] + channel[:, None] * area
     mask = valid[None, :] & (channel < features)[:, None]
-    hz, hr = tl.trans(hz), tl.trans(hr)
     if codes is not None:
         code = tl.load(codes + sample, valid, other=0)
-        hz, hr = tl.where(restarts(code)[None, :], 0.0, hz), tl.where(restarts(code)[None, :], 0.0, hr)
-    z = sigmoid(tl.load(zr, mask).to(tl.float32) + hz)
-    r = sigmoid(tl.load(zr + features * area, mask).to(tl.float32) + hr)
+        hz, hr = tl.where(restarts(code)[:, None], 0.0, hz), tl.where(restarts(code)[:, None], 0.0, hr)
+    z = sigmoid(tl.load(zr, mask).to(tl.float32) + tl.trans(hz))
+    r = sigmoid(tl.load(zr + features * area, mask).to(tl.float32) + tl.trans(hr))
     if codes is not None:
         z, r = tl.where(holds(code)[None, :], 0.0, z), tl.where(holds(code)[None, :], 0.0, r)
     tl.store(zr, z, mask)
     tl.store(zr + features * area, r, mask)
     lane = pixel[:, None] * features + channel[None, :]
     mask = valid[:, None] & (channel < features)[None, :]
-    state = tl.load(h + lane, mask)
+    rh += lane
+    gated = tl.trans(r) * tl.load(h + lane, mask)
     if codes is not None:
-        state = tl.where((code != 0)[:, None], 0.0, state)
-    tl.store(rh + lane, tl.trans(r) * state, mask)
+        gated = tl.where((code != 0)[:, None], 0.0, gated)
+    tl.store(rh, gated, mask)
 
 
 @jit_kernel

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
+from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
 
 from ._checks import (
     as_bool,
@@ -509,38 +509,55 @@ class SepConvGRUCell(nn.Module):
         self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **options)
         self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **options)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
 
+        ``lengths`` and ``reset`` are those of :class:`ConvGRU`.
+
         Returns:
-            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W).
-            h_n: list of the state after the last frame.
+            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W); zero behind a row's end.
+            h_n: list of the state after the last frame of each row.
 
         Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of one.
-            ValueError: a shape does not fit.
+            TypeError: an argument is no Tensor, ``h`` no list of one, or the dtype of a mask does not fit.
+            ValueError: a shape or a mask's device does not fit.
         """
         if check_clip(x, 2, self.horizontal.input_size, self.horizontal.batch_first):
-            return self._update(x, h)
+            return self._update(x, h, lengths, reset)
         time = 1 if self.horizontal.batch_first else 0
+        check_mask("lengths", lengths, [x.shape[1 - time]], False, "x", x)
+        check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
         out: list[Tensor] = []
         state = self.init_hidden_state(x) if h is None else [*h]
-        for frame in x.unbind(time):
-            frame_out, state = self._update(frame, state)
+        for t, frame in enumerate(x.unbind(time)):
+            left = None if lengths is None else lengths.long() - t
+            frame_out, state = self._update(frame, state, left, None if reset is None else reset.select(time, t))
             out.append(frame_out)
         if not out:
             raise ValueError(f"x must hold at least one frame, got shape {list(x.shape)}")
         return torch.stack(out, time), state
 
-    def _update(self, x: Tensor, h: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        _, state = self.horizontal.step(x, h)
-        return self.vertical.step(x, state)
+    def _update(
+        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        _, state = self.horizontal(x, h, lengths=lengths, reset=reset)
+        out, state = self.vertical(x, state, lengths=lengths)
+        return out, state
 
-    def step(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def step(
+        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs one frame (B, input_size, H, W)."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise ValueError(f"x must be one frame (B, {self.horizontal.input_size}, H, W)")
-        return self._update(x, h)
+        return self._update(x, h, None, reset)
 
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for, of the dtype and device of x."""

@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     codes = compile_all(ARCHS)
     floors, moved = count_all(ARCHS[0])
-    show(codes, floors, moved, Console(width=196))
+    show(codes, floors, moved, Console(width=204))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text(codes, floors, moved))
     image = options.output.with_name(options.output.stem.removesuffix("s") + "-floors.png")

@@ -17,6 +17,7 @@ from convrnn import (
     MinConv2dGRUCell,
     MinGRU,
     MinGRUCell,
+    SepConvGRUCell,
     StackedGRU_RCN,
 )
 
@@ -64,6 +65,7 @@ CASES = {
     "conv_layers": lambda **kw: MinConv2dGRU(SIZE, [8, 3], 3, paddings=1, norm=True, residual=True, **kw),
     "rcn": lambda **kw: OneState(SIZE, 5, 3, bias=True, **kw),
     "rcn_levels": lambda **kw: Levels(**kw),
+    "conv_sep": lambda **kw: SepConvGRUCell(SIZE, 3, 3, **kw),
     "both_rcn": lambda **kw: Bidirectional(GRU_RCN(SIZE, 3, (2, 3), **kw), GRU_RCN(SIZE, 2, 3, **kw)),
     "both_conv_gru": lambda **kw: Bidirectional(ConvGRU(SIZE, [3, 2], 3, strides=[2, 1], norm="layer", **kw)),
     "both": lambda **kw: Bidirectional(CASES["layers"](**kw), CASES["layers"](**kw)),
@@ -335,9 +337,11 @@ FLAGS = torch.zeros(B, T, dtype=torch.bool)
         ),
     ],
 )
-@pytest.mark.parametrize("case", ["cell", "layers", "both", "both_rcn"])
+@pytest.mark.parametrize("case", ["cell", "layers", "conv_sep", "both", "both_rcn"])
 def test_bad_calls(case, error, message, call):
     rnn, x, _ = build(case, "cpu")
+    if case == "conv_sep" and "PackedSequence" in message:
+        error, message = TypeError, "x must be a Tensor .* got PackedSequence"
     with pytest.raises(error, match=message):
         call(rnn, x)
 

@@ -174,7 +174,7 @@ def count_all(arch: int) -> tuple[list[Floor], list[Moved]]:
                     )
                 )
                 ours = OURS if op.chunks(shape, dtype) == 1 else CHUNKED
-                if ours not in shown and not op.convolves:  # plain PyTorch's convolutions are not counted
+                if ours not in shown and op.plain and not op.convolves:  # plain PyTorch's convolutions are not counted
                     shown.add(ours)
                     forms = {} if total is None else {ours: total}
                     if ours == OURS:
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     codes = compile_all(ARCHS)
     floors, moved = count_all(ARCHS[0])
-    show(codes, floors, moved, Console(width=196))
+    show(codes, floors, moved, Console(width=204))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text(codes, floors, moved))
     image = options.output.with_name(options.output.stem.removesuffix("s") + "-floors.png")

@@ -82,6 +82,8 @@ class Op:
         plain: the same in plain PyTorch, as functions of these inputs.
         backward: whether plain PyTorch does it by autograd.
         wide_state: whether 16-bit tensors have a float32 state.
+        codes: whether every kernel reads a code, a byte, for each frame of a sample too. Counted once, whatever number of
+            programs read it.
         boundary: bytes read, bytes written and FLOP of a lane that ``kernels`` counts and the first launch of a call spares.
     """
 
@@ -93,6 +95,7 @@ class Op:
     chunked: dict[str, Traffic] = field(default_factory=dict)
     backward: bool = False
     wide_state: bool = False
+    codes: bool = False
     boundary: Callable[[int, int], tuple[int, int, int]] = lambda e, s: (0, 0, 0)
 
     def run(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
@@ -131,6 +134,8 @@ class Op:
             lane = self.declared[kernel].lane(e, s, steps, self.chunks(shape, dtype))
             total = [sum_ + count * n for sum_, n in zip(total, lane, strict=True)]
         read, written, flop = (lanes * n for n in total)
+        if self.codes:
+            read += shape[0] * sum(launches.values())
         products = sum(count * self.declared[kernel].products for kernel, count in launches.items())
         if products:
             channels = shape[3]
@@ -194,11 +199,24 @@ def _gru_update_bwd(xc: Tensor, hc: Tensor, z: Tensor, h: Tensor) -> None:
     gru_gates.gru_update_bwd(xc, torch.empty_like(h), z, hc, h)
 
 
-def _gru_rcn_bwd(x: Tensor, h0: Tensor, W: Tensor, U: Tensor, C: Tensor) -> None:
-    out = x.new_empty((*x.shape[:2], *h0.shape[1:]))
-    gates = x.new_empty((*x.shape[:2], 3 * h0.shape[1], *h0.shape[2:]))
-    dout, dh_n = torch.empty_like(out), torch.empty_like(h0)
-    gru_rcn.gru_rcn_bwd(dout, dh_n, x, h0, W, U, C, out, gates, [True] * 5 + [False])
+def _codes(x: Tensor, codes: bool) -> Tensor | None:
+    """Codes of all kinds, one after another."""
+    return torch.arange(math.prod(x.shape[:2]), device=x.device).view(x.shape[:2]).byte() % 4 if codes else None
+
+
+def _gru_rcn_fwd(step: str, codes: bool = False) -> Callable[..., object]:
+    return lambda x, *inputs: gru_rcn.gru_rcn_fwd(x, *inputs, None, step, _codes(x, codes))
+
+
+def _gru_rcn_bwd(codes: bool = False) -> Callable[..., None]:
+    def call(x: Tensor, h0: Tensor, W: Tensor, U: Tensor, C: Tensor) -> None:
+        out = x.new_empty((*x.shape[:2], *h0.shape[1:]))
+        gates = x.new_empty((*x.shape[:2], 3 * h0.shape[1], *h0.shape[2:]))
+        dout, dh_n = torch.empty_like(out), torch.empty_like(h0)
+        wanted = [True] * 5 + [False]
+        gru_rcn.gru_rcn_bwd(dout, dh_n, x, h0, W, U, C, out, gates, wanted, _codes(x, codes))
+
+    return call
 
 
 SCANS = ((4, 16, 64, 56, 56), (16, 256, 512), (1, 65536, 64))  # of the last two T is cut in chunks
@@ -324,7 +342,7 @@ OPS: dict[str, Op] = {
     "gru_rcn_fwd": Op(
         SEQUENCES,
         sequence_inputs,
-        lambda *inputs: gru_rcn.gru_rcn_fwd(*inputs, None, "cudnn"),
+        _gru_rcn_fwd("cudnn"),
         # the update also writes h' to the output and, where the state is not of x's dtype, for the convolution
         {
             "gru_gates_fwd_kernel": GATES,
@@ -336,7 +354,7 @@ OPS: dict[str, Op] = {
     "gru_rcn_fwd, gemm": Op(
         SMALL_MAPS,
         sequence_inputs,
-        lambda *inputs: gru_rcn.gru_rcn_fwd(*inputs, None, "gemm"),
+        _gru_rcn_fwd("gemm"),
         {
             # the state and, where it is not of x's dtype, its copy, xz, xr in, z, r, rh out
             "gru_conv_gates_fwd_kernel": Traffic(
@@ -353,7 +371,7 @@ OPS: dict[str, Op] = {
     "gru_rcn_bwd": Op(
         SEQUENCES,
         sequence_inputs,
-        _gru_rcn_bwd,
+        _gru_rcn_bwd(),
         {
             # dh, the convolution's gradient, dout, z, c, h_{t-1} in, dh, dz, dc and copies of the last two out
             "gru_rcn_bwd_candidate_kernel": Traffic(lambda e, s: (5 * e + s, 4 * e + s), 13),
@@ -365,6 +383,15 @@ OPS: dict[str, Op] = {
         wide_state=True,
         boundary=lambda e, s: (e, 0, 1),  # no convolution before the last step of the sequence
     ),
+}
+# The same with frames that restart or hold the state; plain PyTorch is compared without.
+OPS |= {
+    f"{name}, codes": replace(OPS[name], call=call, plain={}, codes=True)
+    for name, call in (
+        ("gru_rcn_fwd", _gru_rcn_fwd("cudnn", codes=True)),
+        ("gru_rcn_fwd, gemm", _gru_rcn_fwd("gemm", codes=True)),
+        ("gru_rcn_bwd", _gru_rcn_bwd(codes=True)),
+    )
 }
 
 

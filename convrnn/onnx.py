@@ -20,7 +20,7 @@ from torch._higher_order_ops.scan import scan
 
 from . import reference
 from .kernels.layout import state_dtype
-from .ops.mingru import HOLD, RESTART, has_bit
+from .ops._codes import HOLD, RESTART, has_bit
 
 __all__ = ["decomposition_table"]
 
@@ -108,6 +108,7 @@ def _gru_rcn(
     C: Tensor,
     bias: Tensor | None = None,
     keep_gates: bool = True,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if keep_gates:
         raise ValueError("gru_rcn keeps its activations here: export under torch.no_grad()")
@@ -123,5 +124,12 @@ def _gru_rcn(
         z, _, rh = reference.gru_gates(xp, _convolution(h.to(x.dtype), U).to(dtype), h)
         return reference.gru_update(xc, _convolution(rh.to(x.dtype), C).to(dtype), z, h)[1]
 
-    out, h_n = _over_time(step, first, (xp, xc))
+    def coded(h: Tensor, xp: Tensor, xc: Tensor, restart: Tensor, held: Tensor) -> Tensor:
+        h = torch.where(restart, 0.0, h)
+        return torch.where(held, h, step(h, xp, xc))
+
+    if codes is None:
+        out, h_n = _over_time(step, first, (xp, xc))
+    else:
+        out, h_n = _over_time(coded, first, (xp, xc, has_bit(codes, RESTART, xp), has_bit(codes, HOLD, xp)))
     return out.to(x.dtype), h_n.to(x.dtype if h0 is None else h0.dtype).clone(), x.new_empty(0)

@@ -60,15 +60,26 @@ def _same_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gru_rcn(
-    x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None = None
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reset: Tensor | None = None,
+    hold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GRU-RCN with packed convolutions, one frame after another; see :func:`convrnn.gru_rcn`."""
     h = x.new_zeros(x.shape[0], C.shape[0], *x.shape[3:]) if h0 is None else h0
     out = []
     for t in range(x.shape[1]):
+        if reset is not None:
+            h = torch.where(reset[:, t].view(-1, *(1 for _ in h.shape[1:])), 0.0, h)
         xz, xr, xc = (x[:, t] if W is None else _same_conv(x[:, t], W, bias)).chunk(3, dim=1)
         z, _, rh = gru_gates(torch.cat((xz, xr), 1), _same_conv(h, U), h)
-        _, h = gru_update(xc, _same_conv(rh, C), z, h)
+        _, moved = gru_update(xc, _same_conv(rh, C), z, h)
+        h = moved if hold is None else torch.where(hold[:, t].view(-1, *(1 for _ in h.shape[1:])), h, moved)
         out.append(h)
     return torch.stack(out, dim=1), h
 

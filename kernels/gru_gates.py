@@ -9,6 +9,9 @@ further with channels first; with channels last each pixel is C times z and then
 Everything but the state has one dtype; the state h may be float32 beside it. Arithmetic is float32 (float64 for
 float64), each lane reads all it needs before it writes, so destinations may be the sources.
 
+Codes, one for each sample of a step of the sequence: bit 0 restarts the state, from zeros, before the frame; bit 1 holds it
+through the frame, whose activations are then kept as zeros. What they rule out is selected away, never multiplied by zero.
+
 Moved, in elements per lane: gates 5 reads, 3 writes; update 4 and 2; backward 6 and 3, and 5 and 3. Saved for backward:
 z, r, c and h, the activations themselves: s' = s (1 - s), tanh' = 1 - c^2. Nothing is recomputed.
 """
@@ -18,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import empty, frame_numel, is_channels_last, to_layout
-from .math import jit_kernel, launch, program_lanes, sigmoid, stride, tanh
+from .math import holds, jit_kernel, launch, program_lanes, restarts, sigmoid, stride, tanh
 
 
 @jit_kernel
@@ -29,6 +32,7 @@ def gru_gates_fwd_kernel(
     z,  # (B, C, *S)
     r,  # (B, C, *S)
     rh,  # (B, C, *S)
+    codes,  # (B,) uint8, or None
     lanes: tl.int64,  # C*N; this, half and the batch strides in units of VEC elements
     half: tl.int64,  # from z to r: C*N, with channels last C
     xp_stride: tl.int64,
@@ -55,8 +59,16 @@ def gru_gates_fwd_kernel(
     xz, xr = tl.load(xp, mask).to(ACC), tl.load(xp + half, mask).to(ACC)
     hz, hr = tl.load(hp, mask).to(ACC), tl.load(hp + half, mask).to(ACC)
     state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
+    if codes is not None:
+        code = tl.load(codes + sample)
+        hz, hr = tl.where(restarts(code), 0.0, hz), tl.where(restarts(code), 0.0, hr)
+        state = tl.where(code != 0, 0.0, state)
     reset = sigmoid(xr + hr)
-    tl.store(z + sample * (z_stride * VEC) + lane, sigmoid(xz + hz), mask)
+    z = z + sample * (z_stride * VEC) + lane
+    update = sigmoid(xz + hz)
+    if codes is not None:
+        update, reset = tl.where(holds(code), 0.0, update), tl.where(holds(code), 0.0, reset)
+    tl.store(z, update, mask)
     tl.store(r + sample * (r_stride * VEC) + lane, reset, mask)
     tl.store(rh + sample * (rh_stride * VEC) + lane, reset * state, mask)
 
@@ -71,6 +83,7 @@ def gru_update_fwd_kernel(
     h_next,
     rounded,  # a second copy of h_next in the dtype of this tensor, or None
     frame,  # a third one, or None
+    codes,  # (B,) uint8, or None
     lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
     xc_stride: tl.int64,
     hc_stride: tl.int64,
@@ -91,7 +104,13 @@ def gru_update_fwd_kernel(
     update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
     state = tl.load(h + sample * (h_stride * VEC) + lane, mask).to(ACC)
     candidate = tanh(x)
-    state += update * (candidate - state)
+    if codes is not None:
+        code = tl.load(codes + sample)
+        state = tl.where(restarts(code), 0.0, state)
+        candidate = tl.where(holds(code), 0.0, candidate)
+        state = tl.where(holds(code), state, state + update * (candidate - state))
+    else:
+        state += update * (candidate - state)
     tl.store(c + sample * (c_stride * VEC) + lane, candidate, mask)
     tl.store(h_next + sample * (h_next_stride * VEC) + lane, state, mask)
     if rounded is not None:
@@ -180,24 +199,37 @@ def gru_update_bwd_kernel(
     tl.store(dh + sample * (dh_stride * VEC) + lane, grad_h * (1 - update), mask)
 
 
-def launch_step(kernel: triton.JITFunction, like: Tensor, *operands: Tensor | None) -> None:
-    """Run an elementwise kernel over the lanes of ``like`` (B, C, *S); the batch strides of the operands are free."""
+def launch_step(
+    kernel: triton.JITFunction, like: Tensor, *operands: Tensor | None, codes: tuple[Tensor | None, ...] = ()
+) -> None:
+    """Run an elementwise kernel over the lanes of ``like`` (B, C, *S); the batch strides of the operands are free. One that
+    knows codes takes (codes,) behind its operands, (B,) or None."""
     lanes = frame_numel(like, 1)
     if like.shape[0] * lanes > 0:
-        launch(kernel, like, operands, lanes, [0 if x is None else stride(x, 0) for x in operands])
+        launch(kernel, like, (*operands, *codes), lanes, [0 if x is None else stride(x, 0) for x in operands])
 
 
-def launch_gates(kernel: triton.JITFunction, like: Tensor, channels_last: bool, *operands: Tensor) -> None:
+def launch_gates(
+    kernel: triton.JITFunction,
+    like: Tensor,
+    channels_last: bool,
+    *operands: Tensor,
+    codes: tuple[Tensor | None, ...] = (),
+) -> None:
     """:func:`launch_step` for a kernel with pairs of gates among its operands."""
     lanes = frame_numel(like, 1)
     if like.shape[0] * lanes > 0:
         half = like.shape[1] if channels_last else lanes
         strides = [half, *(stride(x, 0) for x in operands)]
-        launch(kernel, like, operands, lanes, strides, CHANNELS_LAST=channels_last)
+        launch(kernel, like, (*operands, *codes), lanes, strides, CHANNELS_LAST=channels_last)
 
 
 def gru_gates_fwd(
-    xp: Tensor, hp: Tensor, h: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+    xp: Tensor,
+    hp: Tensor,
+    h: Tensor,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[z, r] = sigmoid(xp + hp), and r h.
 
@@ -206,6 +238,7 @@ def gru_gates_fwd(
         hp: (B, 2C, *S) in xp's dtype; its frames' layout is that of the results, others are copied to it.
         h: (B, C, *S) in xp's dtype or float32.
         out: where to put (z, r, rh): dense frames in that layout, any batch stride, possibly xp's own memory.
+        codes: (B,) uint8, dense, or None for an ordinary step.
 
     Returns:
         z, r, rh (B, C, *S) in xp's dtype, dense unless given.
@@ -213,7 +246,7 @@ def gru_gates_fwd(
     channels_last = is_channels_last(hp, 1)
     inputs = [to_layout(x, 1, channels_last) for x in (xp, hp, h)]
     z, r, rh = (empty(hp, h.shape, 1, channels_last, hp.dtype) for _ in range(3)) if out is None else out
-    launch_gates(gru_gates_fwd_kernel, z, channels_last, *inputs, z, r, rh)
+    launch_gates(gru_gates_fwd_kernel, z, channels_last, *inputs, z, r, rh, codes=(codes,))
     return z, r, rh
 
 
@@ -224,6 +257,7 @@ def gru_update_fwd(
     h: Tensor,
     out: tuple[Tensor, Tensor, Tensor | None] | None = None,
     frame: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """c = tanh(xc + hc), h' = (1 - z) h + z c.
 
@@ -235,6 +269,7 @@ def gru_update_fwd(
         out: where to put (c, h', copy of h' or None): dense frames in that layout, any batch stride, possibly the memory
             of xc and h.
         frame: where to put one more copy of h'.
+        codes: (B,) uint8, dense, or None for an ordinary step.
 
     Returns:
         c in xc's dtype and h' in h's, (B, C, *S), dense unless given.
@@ -246,7 +281,7 @@ def gru_update_fwd(
         rounded = None
     else:
         c, h_next, rounded = out
-    launch_step(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame)
+    launch_step(gru_update_fwd_kernel, c, *inputs, c, h_next, rounded, frame, codes=(codes,))
     return c, h_next
 
 

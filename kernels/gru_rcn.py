@@ -11,9 +11,14 @@ takes every weight gradient, and x's, once over all B*T frames.
 The state and its gradient are float32 from step to step (float64 for float64), convolutions see them rounded to x's
 dtype. Moved between memory and the kernels, in elements per lane and step: forward 15 (16 where the state is rounded),
 backward 18, three of which are second copies that spare a convolution the copying of its batch-strided input.
+Codes, a byte for each frame of a sample, are read by every kernel of a step (``gru_gates``): one that restarts drops what the
+convolution made of the state before; in backward, the gradients that it and a held one pass on are selected, and the batched
+weight gradients see zeros in place of the states that were not read.
 There is no synchronisation with the host and no allocation that depends on data, so both directions can be captured in
 a CUDA graph.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
@@ -22,7 +27,7 @@ from torch import Tensor
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
 from .gru_step import gru_conv_step_fwd, pack_weights, use_gemm
 from .layout import dense, state_dtype, to_layout
-from .math import jit_kernel, program_lanes
+from .math import HOLD, holds, jit_kernel, program_lanes, restarts
 
 
 @jit_kernel
@@ -37,6 +42,7 @@ def gru_rcn_bwd_candidate_kernel(
     dc,  # (B, C, *S), gradient of c's pre-activation
     dz_frame,  # a copy of dz
     dc_frame,  # a copy of dc
+    codes,  # (B,) uint8, or None; where a frame restarts, the copies are zero, for nothing passes to the state before
     lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
     dh_stride: tl.int64,
     conv_stride: tl.int64,
@@ -63,11 +69,20 @@ def gru_rcn_bwd_candidate_kernel(
     update = tl.load(z + sample * (z_stride * VEC) + lane, mask).to(ACC)
     candidate = tl.load(c + sample * (c_stride * VEC) + lane, mask).to(ACC)
     state = tl.load(h_prev + sample * (h_prev_stride * VEC) + lane, mask).to(ACC)
+    if codes is not None:
+        code = tl.load(codes + sample)
+        state = tl.where(restarts(code), 0.0, state)
     grad_z = grad * (candidate - state) * update * (1 - update)
     grad_c = grad * update * (1 - candidate * candidate)
-    tl.store(dh, grad * (1 - update), mask)
+    passed = grad * (1 - update)
+    if codes is not None:
+        grad_z, grad_c = tl.where(holds(code), 0.0, grad_z), tl.where(holds(code), 0.0, grad_c)
+        passed = tl.where(restarts(code), 0.0, tl.where(holds(code), grad, passed))
+    tl.store(dh, passed, mask)
     tl.store(dz + sample * (dz_stride * VEC) + lane, grad_z, mask)
     tl.store(dc + sample * (dc_stride * VEC) + lane, grad_c, mask)
+    if codes is not None:
+        grad_z, grad_c = tl.where(restarts(code), 0.0, grad_z), tl.where(restarts(code), 0.0, grad_c)
     tl.store(dz_frame + sample * (dz_frame_stride * VEC) + lane, grad_z, mask)
     tl.store(dc_frame + sample * (dc_frame_stride * VEC) + lane, grad_c, mask)
 
@@ -80,6 +95,7 @@ def gru_rcn_bwd_reset_kernel(
     h_prev,  # (B, C, *S)
     dr,  # (B, C, *S), gradient of r's pre-activation
     dr_frame,  # a copy of dr
+    codes,  # (B,) uint8, or None
     lanes: tl.int64,  # C*N; this and the batch strides in units of VEC elements
     dh_stride: tl.int64,
     drh_stride: tl.int64,
@@ -99,7 +115,11 @@ def gru_rcn_bwd_reset_kernel(
     reset = tl.load(r + sample * (r_stride * VEC) + lane, mask).to(ACC)
     state = tl.load(h_prev + sample * (h_prev_stride * VEC) + lane, mask).to(ACC)
     grad_r = grad * state * reset * (1 - reset)
-    tl.store(dh, grad_h + grad * reset, mask)
+    passed = grad_h + grad * reset
+    if codes is not None:
+        plain = tl.load(codes + sample) == 0
+        grad_r, passed = tl.where(plain, grad_r, 0.0), tl.where(plain, passed, grad_h)
+    tl.store(dh, passed, mask)
     tl.store(dr + sample * (dr_stride * VEC) + lane, grad_r, mask)
     tl.store(dr_frame + sample * (dr_frame_stride * VEC) + lane, grad_r, mask)
 
@@ -130,8 +150,20 @@ def _conv_backward(
     return dx.view(x.shape) if output_mask[0] else None, dweight, dbias
 
 
+def _step_codes(codes: Tensor | None, steps: int) -> Sequence[Tensor | None]:
+    """The codes (B,) of each step, dense."""
+    return [None] * steps if codes is None else codes.t().contiguous().unbind()
+
+
 def gru_rcn_fwd(
-    x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None, step: str = "cudnn"
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    step: str = "cudnn",
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GRU-RCN over (B, T) frames of 1, 2 or 3 dimensions.
 
@@ -143,6 +175,7 @@ def gru_rcn_fwd(
         C: (Oh, Oh, *k'), candidate's recurrent weights.
         bias: (3*Oh,), or None; None without W.
         step: "cudnn", "gemm" or "auto": how a step is computed, see :func:`use_gemm`.
+        codes: (B, T) uint8, or None for ordinary steps alone.
 
     Returns:
         out (B, T, Oh, *S) in x's dtype, h_n (B, Oh, *S) in h0's (without h0, x's), gates (B, T, 3*Oh, *S), the
@@ -171,21 +204,25 @@ def gru_rcn_fwd(
     rounds = x.dtype != state.dtype
     frame = state.to(x.dtype)
     rh = torch.empty_like(frame)
+    step_codes = _step_codes(codes, steps)
     if gemm:
         weights = pack_weights(U, C)
         if gates is not projection:
             gates.copy_(projection)  # these kernels work in place
         for t in range(steps):
-            gru_conv_step_fwd(gates[:, t], state, frame, rh, out[:, t], *weights, zero_state=t == 0 and h0 is None)
+            zero = t == 0 and h0 is None
+            gru_conv_step_fwd(gates[:, t], state, frame, rh, out[:, t], *weights, zero, step_codes[t])
         return out, dense(state.movedim(-1, 1).to(dtype)), gates
     no_state = x.new_zeros((1, 2 * features, *space)).expand(batch, -1, *space)
     for t in range(steps):
         skip = t == 0 and h0 is None  # convolutions of a zero state
         xp = projection[:, t]
         z, r, c = gates[:, t].chunk(3, dim=1)
-        gru_gates_fwd(xp[:, : 2 * features], no_state if skip else _conv(frame, U), state, (z, r, rh))
+        hp = no_state if skip else _conv(frame, U)
+        gru_gates_fwd(xp[:, : 2 * features], hp, state, (z, r, rh), step_codes[t])
         hc = no_state[:, :features] if skip else _conv(rh, C)
-        gru_update_fwd(xp[:, 2 * features :], hc, z, state, (c, state, out[:, t]), frame if rounds else None)
+        third = frame if rounds else None
+        gru_update_fwd(xp[:, 2 * features :], hc, z, state, (c, state, out[:, t]), third, step_codes[t])
     return out, state.to(dtype), gates
 
 
@@ -200,6 +237,7 @@ def gru_rcn_bwd(
     out: Tensor,
     gates: Tensor,
     output_mask: list[bool],
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`gru_rcn_fwd`.
 
@@ -209,6 +247,7 @@ def gru_rcn_bwd(
         x, h0, W, U, C: as in forward; without W, x is not read.
         out, gates: what forward returned.
         output_mask: which of the gradients of (x, h0, W, U, C, bias) are wanted.
+        codes: as in forward.
 
     Returns:
         Gradients of (x, h0, W, U, C, bias); of shape (0,) where not wanted.
@@ -228,12 +267,15 @@ def gru_rcn_bwd(
         grads += [torch.zeros_like(U), torch.zeros_like(C), x.new_zeros(3 * C.shape[0])]
     else:
         da = torch.empty_like(gates)
-        dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wanted[1])
+        dout = None if dout is None else dout.contiguous()
+        dh = _walk_back(dout, dh, h0, U, C, out, gates, da, wanted[1], codes)
         if W is None:
             dx, dW, dbias = da, None, None
         else:
+            if codes is not None and wanted[2]:
+                x = _zero_where(codes & HOLD.value, x)
             dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
-        grads = [dx, dh, dW, *_recurrent_weight_grads(da, h0, U, C, out, gates, wanted[3], wanted[4]), dbias]
+        grads = [dx, dh, dW, *_recurrent_weight_grads(da, h0, U, C, out, gates, wanted[3], wanted[4], codes), dbias]
     if wanted[1]:
         grads[1] = dh.to(h0.dtype)
     # A library may return what the mask did not ask for.
@@ -250,6 +292,7 @@ def _walk_back(
     gates: Tensor,
     da: Tensor,
     wants_h0: bool,
+    codes: Tensor | None,
 ) -> Tensor:
     """Fill da (B, T, 3*Oh, *S), the gradients of the pre-activations, and return the gradient of h0 if it is wanted.
 
@@ -261,24 +304,41 @@ def _walk_back(
     dc_frame = out.new_empty((batch, features, *space))
     first = out.new_zeros((1, features, *space)).expand(batch, -1, *space) if h0 is None else h0.contiguous()
     conv = None
+    step_codes = _step_codes(codes, steps)
     for t in reversed(range(steps)):
         z, r, c = gates[:, t].chunk(3, dim=1)
         dz, dr, dc = da[:, t].chunk(3, dim=1)
         h_prev = out[:, t - 1] if t > 0 else first
         dout_t = None if dout is None else dout[:, t]
-        launch_step(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame)
+        code = (step_codes[t],)
+        launch_step(
+            *(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame), codes=code
+        )
         if t == 0 and h0 is None:
             dr.zero_()  # r acted on a zero state
             break
         drh = _conv(dc_frame, C, transposed=True)
-        launch_step(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame)
+        launch_step(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame, codes=code)
         if t > 0 or wants_h0:
             conv = _conv(dzr_frame, U, transposed=True)
     return dh if conv is None else dh.add_(conv)
 
 
+def _zero_where(flags: Tensor, x: Tensor) -> Tensor:
+    """x (B, T, ...), with zeros in the frames of ``flags`` (B, T) that are not 0."""
+    return x.masked_fill((flags != 0).view(*flags.shape, *(1 for _ in x.shape[2:])), 0.0)
+
+
 def _recurrent_weight_grads(
-    da: Tensor, h0: Tensor | None, U: Tensor, C: Tensor, out: Tensor, gates: Tensor, wants_U: bool, wants_C: bool
+    da: Tensor,
+    h0: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    out: Tensor,
+    gates: Tensor,
+    wants_U: bool,
+    wants_C: bool,
+    codes: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of U and C over all frames at once."""
     if not (wants_U or wants_C):
@@ -290,6 +350,8 @@ def _recurrent_weight_grads(
     # Without h0 the first frame follows a zero state and adds nothing.
     skipped = steps - h_prev.shape[1]
     da, gates = da[:, skipped:], gates[:, skipped:]
+    if codes is not None:
+        h_prev = _zero_where(codes[:, skipped:], h_prev)
     dU = dC = None
     if wants_U:
         dU = _conv_backward(da[:, :, : 2 * features], h_prev, U, [False, True, False])[1]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import NUM_WARPS, VECTOR_BYTES, jit_kernel, sigmoid, stride, tanh
+from .math import NUM_WARPS, VECTOR_BYTES, holds, jit_kernel, restarts, sigmoid, stride, tanh
 
 BLOCK_M = 64  # pixels: the rows of one product of a warp group
 BLOCK_N = 32  # channels
@@ -103,6 +103,7 @@ def gru_conv_gates_fwd_kernel(
     h,  # (B, *S, C), the state
     zr,  # (B, 2C, *S), xp in, z and r out
     rh,  # (B, *S, C)
+    codes,  # (B,) uint8, or None
     total: tl.int64,  # pixels of the batch
     height: tl.int32,
     width: tl.int32,
@@ -126,13 +127,22 @@ def gru_conv_gates_fwd_kernel(
     area = height.to(tl.int64) * width
     zr += (sample * zr_stride + place)[None, :] + channel[:, None] * area
     mask = valid[None, :] & (channel < features)[:, None]
+    if codes is not None:
+        code = tl.load(codes + sample, valid, other=0)
+        hz, hr = tl.where(restarts(code)[:, None], 0.0, hz), tl.where(restarts(code)[:, None], 0.0, hr)
     z = sigmoid(tl.load(zr, mask).to(tl.float32) + tl.trans(hz))
     r = sigmoid(tl.load(zr + features * area, mask).to(tl.float32) + tl.trans(hr))
+    if codes is not None:
+        z, r = tl.where(holds(code)[None, :], 0.0, z), tl.where(holds(code)[None, :], 0.0, r)
     tl.store(zr, z, mask)
     tl.store(zr + features * area, r, mask)
     lane = pixel[:, None] * features + channel[None, :]
     mask = valid[:, None] & (channel < features)[None, :]
-    tl.store(rh + lane, tl.trans(r) * tl.load(h + lane, mask), mask)
+    rh += lane
+    gated = tl.trans(r) * tl.load(h + lane, mask)
+    if codes is not None:
+        gated = tl.where((code != 0)[:, None], 0.0, gated)
+    tl.store(rh, gated, mask)
 
 
 @jit_kernel
@@ -144,6 +154,7 @@ def gru_conv_update_fwd_kernel(
     z,  # (B, C, *S)
     c,  # (B, C, *S), xc in, c out
     out,  # (B, C, *S), a copy of h'
+    codes,  # (B,) uint8, or None
     total: tl.int64,  # pixels of the batch
     height: tl.int32,
     width: tl.int32,
@@ -170,9 +181,17 @@ def gru_conv_update_fwd_kernel(
     lane = pixel[:, None] * features + channel[None, :]
     lane_mask = valid[:, None] & (channel < features)[None, :]
     candidate = tanh(tl.load(c + gates, mask).to(tl.float32) + tl.trans(acc))
+    if codes is not None:
+        code = tl.load(codes + sample, valid, other=0)
+        candidate = tl.where(holds(code)[None, :], 0.0, candidate)
     tl.store(c + gates, candidate, mask)
     state = tl.trans(tl.load(h + lane, lane_mask))
-    state += tl.load(z + gates, mask).to(tl.float32) * (candidate - state)
+    if codes is not None:
+        state = tl.where(restarts(code)[None, :], 0.0, state)
+        moved = state + tl.load(z + gates, mask).to(tl.float32) * (candidate - state)
+        state = tl.where(holds(code)[None, :], state, moved)
+    else:
+        state += tl.load(z + gates, mask).to(tl.float32) * (candidate - state)
     tl.store(out + (sample * out_stride)[None, :] + plane, state, mask)
     state = tl.trans(state)
     tl.store(h + lane, state, lane_mask)
@@ -228,6 +247,7 @@ def gru_conv_step_fwd(
     U: Tensor,
     C: Tensor,
     zero_state: bool = False,
+    codes: Tensor | None = None,
 ) -> None:
     """One step, in place.
 
@@ -239,6 +259,7 @@ def gru_conv_step_fwd(
         out: (B, C, *S) in that dtype, for h'; dense frames, any batch stride.
         U, C: from :func:`pack_weights`.
         zero_state: h is zero, there is nothing to convolve.
+        codes: (B,) uint8, dense, or None for an ordinary step.
     """
     batch, height, width, features = state.shape
     total = batch * height * width
@@ -258,7 +279,7 @@ def gru_conv_step_fwd(
     z, c = gates[:, :features], gates[:, 2 * features :]
     copy = None if frame is state else frame
     with torch.cuda.device_of(state):
-        gru_conv_gates_fwd_kernel[grid](frame, U, state, gates, rh, *sizes, depth, VEC=vec, **options)
+        gru_conv_gates_fwd_kernel[grid](frame, U, state, gates, rh, codes, *sizes, depth, VEC=vec, **options)
         gru_conv_update_fwd_kernel[grid](
-            *(rh, C, state, copy, z, c, out), *sizes, stride(out, 0), depth, VEC=vec, **options
+            *(rh, C, state, copy, z, c, out, codes), *sizes, stride(out, 0), depth, VEC=vec, **options
         )

@@ -17,6 +17,10 @@ from .layout import state_dtype
 
 NUM_WARPS = 4
 WARP = 32  # threads
+RESTART, HOLD = (
+    tl.constexpr(1),
+    tl.constexpr(2),
+)  # bits of a frame's code: restart the state before it, hold it through it
 VECTOR_BYTES = 16
 
 
@@ -69,6 +73,16 @@ def program_lanes(lanes, BLOCK: tl.constexpr):
     sample = program // blocks
     lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
     return sample, lane, lane < lanes
+
+
+@triton.jit
+def restarts(code):
+    return (code & RESTART) != 0
+
+
+@triton.jit
+def holds(code):
+    return (code & HOLD) != 0
 
 
 def acc_dtype(x: Tensor) -> tl.dtype:

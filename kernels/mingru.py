@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .chunks import CUT_OFF, MAP_ARRAYS, cut, decay, linear_carries, program_chunk, scratch, store_map
 from .layout import dense, empty, frame_numel, is_channels_last, to_layout
-from .math import jit_kernel, launch, sigmoid_tail, stride
+from .math import holds, jit_kernel, launch, restarts, sigmoid_tail, stride
 
 # Steps loaded ahead. Backward holds four tensors a step: 4 steps take twice the registers of 2.
 FORWARD_STEPS = 4
@@ -44,16 +44,6 @@ def _gate(gate, ACC: tl.constexpr):
 
 
 @triton.jit
-def _restarts(code):
-    return (code & 1) != 0
-
-
-@triton.jit
-def _holds(code):
-    return (code & 2) != 0
-
-
-@triton.jit
 def _along(code_ptr, steps: tl.constexpr):
     """A number of itself would be an offset of 32 bits."""
     return code_ptr + tl.full((), steps, tl.int64)
@@ -63,14 +53,14 @@ def _along(code_ptr, steps: tl.constexpr):
 def _step(h, nearer, opens, hidden, code, ACC: tl.constexpr):
     """h_t from h_{t-1} [BLOCK]; here and below ``code`` is a scalar, or None."""
     if code is not None:
-        h = tl.where(_restarts(code), START, h)
+        h = tl.where(restarts(code), START, h)
     hidden = hidden.to(ACC)
     g = tl.where(hidden >= 0, hidden + 0.5, sigmoid_tail(hidden))
     near = tl.where(opens, g, h)
     far = tl.where(opens, h, g)
     moved = near + nearer * (far - near)
     if code is not None:
-        moved = tl.where(_holds(code), h, moved)
+        moved = tl.where(holds(code), h, moved)
     return moved
 
 
@@ -79,8 +69,8 @@ def _decay(kept, lost, nearer, opens, code):
     """The shares of what enters a chunk behind a step, in either direction of time [BLOCK]."""
     next_kept, next_lost = decay(kept, lost, nearer, opens)
     if code is not None:
-        next_kept = tl.where(_restarts(code), 0.0, tl.where(_holds(code), kept, next_kept))
-        next_lost = tl.where(_restarts(code), CUT_OFF, tl.where(_holds(code), lost, next_lost))
+        next_kept = tl.where(restarts(code), 0.0, tl.where(holds(code), kept, next_kept))
+        next_lost = tl.where(restarts(code), CUT_OFF, tl.where(holds(code), lost, next_lost))
     return next_kept, next_lost
 
 
@@ -90,7 +80,7 @@ def _passed(dh, nearer, opens, code):
     product = dh * nearer
     passed = tl.where(opens, product, dh - product)
     if code is not None:
-        passed = tl.where(_restarts(code), 0.0, tl.where(_holds(code), dh, passed))
+        passed = tl.where(restarts(code), 0.0, tl.where(holds(code), dh, passed))
     return passed
 
 
@@ -99,15 +89,15 @@ def _step_backward(dh, nearer, opens, hidden, h_prev, code, ACC: tl.constexpr):
     """dgate_t, dhidden_t and the gradient of h_{t-1} from the whole gradient of h_t [BLOCK]."""
     hidden = hidden.to(ACC)
     if code is not None:
-        h_prev = tl.where(_restarts(code), START, h_prev.to(ACC))
+        h_prev = tl.where(restarts(code), START, h_prev.to(ACC))
     tail = sigmoid_tail(hidden)
     g = tl.where(hidden >= 0, hidden + 0.5, tail)
     dg = tl.where(hidden >= 0, 1.0, tail * (1 - tail))
     dgate = dh * (g - h_prev.to(ACC)) * nearer * (1 - nearer)
     dhidden = dh * tl.where(opens, 1 - nearer, nearer) * dg
     if code is not None:
-        dgate = tl.where(_holds(code), 0.0, dgate)
-        dhidden = tl.where(_holds(code), 0.0, dhidden)
+        dgate = tl.where(holds(code), 0.0, dgate)
+        dhidden = tl.where(holds(code), 0.0, dhidden)
     return dgate, dhidden, _passed(dh, nearer, opens, code)
 
 

@@ -46,10 +46,10 @@ def _projected(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
 def _masked(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """With resets and held frames, apart and together, for (2, 3, ...)."""
 
-    def called(x: Tensor, h0: Tensor) -> tuple[Tensor, ...]:
+    def called(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         reset = torch.tensor([[False, True, False], [False, False, True]], device=x.device)
         hold = torch.tensor([[False, False, True], [True, False, True]], device=x.device)
-        return tuple(f(x, h0, reset=reset, hold=hold))
+        return tuple(f(x, *rest, reset=reset, hold=hold))
 
     return called
 
@@ -79,6 +79,16 @@ CASES = {
     ),
     "gru_rcn-projection": Case(
         _projected(convrnn.gru_rcn), _projected(reference.gru_rcn), ((1, 2, 6, 2, 3), (1, 2, 2, 3), *_WEIGHTS[1:])
+    ),
+    "gru_rcn-masks": Case(
+        _masked(convrnn.gru_rcn),
+        _masked(reference.gru_rcn),
+        ((2, 3, 1, 3), (2, 1, 3), (3, 1, 3), (2, 1, 3), (1, 1, 1), (3,)),
+    ),
+    "gru_rcn-projection-masks": Case(
+        _projected(_masked(convrnn.gru_rcn)),
+        _projected(_masked(reference.gru_rcn)),
+        ((2, 3, 3, 3), (2, 1, 3), (2, 1, 2), (1, 1, 1)),
     ),
 }
 

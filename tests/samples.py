@@ -65,6 +65,7 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
         ]
     if op == "gru_rcn":
         weights = randn(9, 2, 3, 3), randn(6, 3, 3, 3), randn(3, 3, 3, 3)
+        codes = torch.tensor([[2, 1, 0], [3, 0, 2]], dtype=torch.uint8, device=device)
         return [
             (randn(2, 3, 4, 4, 5)[:, :, 2:], None, *weights, None),
             (randn(3, 2, 2, 4, 5).transpose(0, 1), randn(2, 3, 4, 5), *weights, randn(9)),
@@ -79,6 +80,9 @@ def forward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) ->
                 *(channels_last(weight) for weight in weights),
             ),
             (randn(2, 3, 2, 5, 1), randn(2, 3, 5, 1), randn(9, 2, 1, 3), randn(6, 3, 1, 3), randn(3, 3, 1, 3), None),
+            (randn(2, 3, 2, 4, 5), None, *weights, randn(9), False, codes.mT.contiguous().mT),
+            (randn(2, 3, 9, 4, 5), None, None, *weights[1:], None, True, codes.flip(0)),
+            (randn(2, 3, 2, 4, 5), randn(2, 3, 4, 5), *weights, None, True, codes),
         ]
     raise ValueError(f"no samples for {op}")
 
@@ -104,6 +108,6 @@ def backward_samples(op: str, device: str, dtype: torch.dtype = torch.float32) -
             bias = arguments[5] if len(arguments) > 5 else None
             masks = [True] * 6, [False, True, False, True, False, False], [True, False, False, True, True, True]
             for mask in masks:
-                samples.append((upstream[0], None, *arguments[:5], out, gates, mask, bias))
-            samples.append((None, upstream[1], *arguments[:5], out, gates, masks[0], bias))
+                samples.append((upstream[0], None, *arguments[:5], out, gates, mask, bias, *arguments[7:]))
+            samples.append((None, upstream[1], *arguments[:5], out, gates, masks[0], bias, *arguments[7:]))
     return samples

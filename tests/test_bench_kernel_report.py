@@ -98,7 +98,7 @@ def test_tables_are_as_wide_as_they_say() -> None:
             ("moved", kernel_report.Moved),
         )
     }
-    console = Console(width=196, record=True, file=io.StringIO())
+    console = Console(width=204, record=True, file=io.StringIO())
     kernel_report.show(rows["code"], rows["floors"], rows["moved"], console)
     assert all(code.kernel in console.export_text(clear=False) for code in rows["code"])
     assert "…" not in console.export_text()

@@ -1,5 +1,6 @@
 """What bench/kernels.py declares of the Triton kernels' bytes and FLOP is what the interpreter counts, exactly."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -38,9 +39,10 @@ def check_traffic(op: Op, shape: Shape, dtype: torch.dtype, declared: Iterable[s
     moved = ("distinct_loaded", "stored", "flop")
     counted = tuple(sum(getattr(launch, what) for launch in launches) for what in moved)
     assert counted == op.work(shape, dtype, Counter(found))
-    # No element is moved twice by one launch, but for the neighbours and the weights of a convolution.
+    # No element is moved twice by one launch, but for the neighbours and the weights of a convolution, and a sample's code.
     assert all(x.stored == x.distinct_stored for x in launches)
-    assert op.convolves or all(x.loaded == x.distinct_loaded for x in launches)
+    programs = math.prod(shape) if op.codes else 0
+    assert op.convolves or all(x.loaded - x.distinct_loaded <= programs // 128 for x in launches)
 
 
 @pytest.mark.interpreted
@@ -152,7 +154,7 @@ def test_eager_counts_reads_and_writes_without_views() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in OPS if not OPS[name].convolves]
+    "name", [name for name in OPS if OPS[name].plain and not OPS[name].convolves]
 )  # plain convolutions are not counted
 def test_kernels_move_less_than_plain_pytorch(name: str) -> None:
     op, shape = OPS[name], small(name)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from convrnn import (
+    Bidirectional,
     ConvGRU,
     ConvGRU1d,
     ConvGRUCell,
@@ -185,6 +186,8 @@ MIN_CALLS = [
     (lambda rnn: MinGRU(4, 4, bidirectional=True)(S, [S[:, :1]]), ValueError, "h must hold 2 states, got 1"),
     (lambda rnn: MinGRU(4, 4, bidirectional=True).step(S[:, 0]), ValueError, "step must be called on a layer of one"),
     (lambda rnn: MinGRU(4, 4, batch_first=False).step(S), ValueError, r"x must be one frame \(B, input_size\), got"),
+    (lambda rnn: Bidirectional(MinGRU(4, 4, bidirectional=True)), TypeError, "rnn must be .* of one direction"),
+    (lambda rnn: Bidirectional(rnn, MinGRU(4, [4, 6], batch_first=False)), ValueError, "must agree with rnn"),
     (lambda rnn: MinGRUCell(4, 4)(S.half()), TypeError, "x must have the dtype of the parameters"),
     (lambda rnn: MinConv2dGRUCell(4, 4, (3, 3, 3)), ValueError, "kernel_size must be an int or a pair"),
     (lambda rnn: MinConv2dGRUCell(4, 4, 3, padding="valid"), ValueError, "padding must be 'same', got 'valid'"),

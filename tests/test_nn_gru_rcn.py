@@ -174,12 +174,14 @@ def test_bad_arguments(arguments, error, message):
 
 def test_bad_input(device):
     rnn, (x, h) = layer(device), inputs(device)
-    for bad_x in (x[0], x[:, :, :2]):
+    for bad_x in (x[0, 0], x[:, :, :2]):
         with pytest.raises(ValueError, match=r"x must be \(B, L, Ox, H, W\) with 3 channels at dim 2, got shape"):
             rnn(bad_x)
     for bad_h in (h[:1], h[:, :2], h[..., 1:], h[0, 0], h[0, 1:], h[None]):
         with pytest.raises(ValueError, match="h must have shape .* got"):
             rnn(x, bad_h)
+    with pytest.raises(ValueError, match=r"x must be \(B, L, Ox, H, W\) .* got shape \[2, 2, 5, 4\]"):
+        rnn(x[:, 0, :2])
     with pytest.raises(TypeError, match="h must be a Tensor .* got list"):
         rnn(x, [h])
     with pytest.raises(TypeError, match="x must be a Tensor .* got ndarray"):

@@ -1,4 +1,7 @@
-"""Lengths, resets, single frames and packed sequences of the minGRU family and of Bidirectional over it."""
+"""Lengths, resets, single frames and packed sequences of all layers and of Bidirectional over them.
+
+Of ConvGRU, test_conv_gru_properties.py draws them at random.
+"""
 
 import pytest
 import torch
@@ -6,15 +9,65 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from convrnn import GRU_RCN, Bidirectional, ConvGRU, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from convrnn import (
+    GRU_RCN,
+    Bidirectional,
+    ConvGRU,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinGRU,
+    MinGRUCell,
+    SepConvGRUCell,
+    StackedGRU_RCN,
+)
 
 B, T, SIZE = 3, 6, 4
 LENGTHS = [6, 2, 0]
+
+
+class OneState(GRU_RCN):
+    """GRU_RCN with its state in a list, as the other layers have theirs."""
+
+    def forward(self, x, h=None, **masks):
+        out, state = super().forward(x, None if h is None else h[0], **masks)
+        return out, [state]
+
+    def init_hidden_state(self, x):
+        return [super().init_hidden_state(x)]
+
+
+class Levels(nn.Module):
+    """StackedGRU_RCN over a map and every second pixel of it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.rnn = StackedGRU_RCN([SIZE, SIZE], [2, 3], 3, **options)
+
+    def maps(self, x):
+        return [x, x[..., ::2, ::2]]
+
+    def forward(self, x, h=None, **masks):
+        outs, states = self.rnn(self.maps(x), h, **masks)
+        return outs[-1], states
+
+    def step(self, x, h=None, **masks):
+        outs, states = self.rnn.step(self.maps(x), h, **masks)
+        return outs[-1], states
+
+    def init_hidden_state(self, x):
+        return self.rnn.init_hidden_state(self.maps(x))
+
+
 CASES = {
     "cell": lambda **kw: MinGRUCell(SIZE, 5, **kw),
     "layers": lambda **kw: MinGRU(SIZE, [5, 3], norm=True, residual=True, **kw),
     "conv_cell": lambda **kw: MinConv2dGRUCell(SIZE, 5, 3, stride=2, **kw),
     "conv_layers": lambda **kw: MinConv2dGRU(SIZE, [8, 3], 3, paddings=1, norm=True, residual=True, **kw),
+    "rcn": lambda **kw: OneState(SIZE, 5, 3, bias=True, **kw),
+    "rcn_levels": lambda **kw: Levels(**kw),
+    "conv_sep": lambda **kw: SepConvGRUCell(SIZE, 3, 3, **kw),
+    "both_rcn": lambda **kw: Bidirectional(GRU_RCN(SIZE, 3, (2, 3), **kw), GRU_RCN(SIZE, 2, 3, **kw)),
+    "both_conv_gru": lambda **kw: Bidirectional(ConvGRU(SIZE, [3, 2], 3, strides=[2, 1], norm="layer", **kw)),
     "both": lambda **kw: Bidirectional(CASES["layers"](**kw), CASES["layers"](**kw)),
     "both_conv_shared": lambda **kw: Bidirectional(CASES["conv_cell"](**kw)),
 }
@@ -25,7 +78,9 @@ each_way_on = pytest.mark.parametrize("case", [case for case in CASES if not cas
 def build(case, device):
     torch.manual_seed(0)
     rnn = CASES[case](device=device, dtype=torch.float64)
-    x = torch.randn(B, T, SIZE, *([6, 5] if "conv" in case else []), dtype=torch.float64, device=device)
+    x = torch.randn(
+        B, T, SIZE, *([6, 5] if "conv" in case or "rcn" in case else []), dtype=torch.float64, device=device
+    )
     return rnn, x, [torch.randn_like(state) for state in rnn.init_hidden_state(x)]
 
 
@@ -126,13 +181,24 @@ def test_whole_chunks_and_frames_agree(case, device):
     assert not out[1].any() and torch.equal(state[0][1], h[0][1])
 
 
-@pytest.mark.parametrize("case", ["both", "both_conv_shared"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("both")])
 def test_one_frame_in_both_directions(case, device):
     rnn, x, h = build(case, device)
     row = torch.tensor([True, False, True], device=device)
     out, states = rnn(x[:, 0], h, reset=row)
     clip, expected = rnn(x[:, :1], h, reset=row[:, None])
     assert_close((out, states), (clip[:, 0], expected))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_packed_sequences_are_the_same_time_first(both, device):
+    kind = (lambda **kw: Bidirectional(MinGRU(SIZE, 5, **kw))) if both else (lambda **kw: MinGRU(SIZE, 5, **kw))
+    rnn, other = kind(device=device), kind(device=device, batch_first=False)
+    other.load_state_dict(rnn.state_dict())
+    packed = pack_sequence([torch.randn(n, SIZE, device=device) for n in (2, 5, 1)], enforce_sorted=False)
+    reset = torch.rand(3, 5, device=device) < 0.5
+    (ours, states), (theirs, expected) = other(packed, reset=reset.T), rnn(packed, reset=reset)
+    assert_close((ours.data, states), (theirs.data, expected))
 
 
 @pytest.mark.parametrize("given", ["sorted", "unsorted"])
@@ -183,8 +249,59 @@ def test_bidirectional_passes_masks_to_conv_gru(device):
     assert_close(rnn(x, h, **make_masks(device)), both(x, h, **make_masks(device)))
 
 
+TIME_FIRST = {
+    "rcn": lambda **kw: GRU_RCN(SIZE, 3, 3, **kw),
+    "conv_gru": lambda **kw: ConvGRU(SIZE, [3, 2], 3, **kw),
+    "levels": lambda **kw: StackedGRU_RCN([SIZE], [3], 3, **kw),
+    "both_rcn": lambda **kw: Bidirectional(GRU_RCN(SIZE, 3, 3, **kw)),
+    "both_conv_gru": lambda **kw: Bidirectional(ConvGRU(SIZE, [3, 2], 3, **kw), ConvGRU(SIZE, [4, 2], 3, **kw)),
+}
+
+
+@pytest.mark.parametrize("case", TIME_FIRST)
+def test_time_first(case, device):
+    """With (T, B) in x, reset and out, as with (B, T)."""
+    make, masks = TIME_FIRST[case], make_masks(device)
+    first, last = (make(batch_first=order, device=device, dtype=torch.float64) for order in (True, False))
+    last.load_state_dict(first.state_dict())
+    x = torch.randn(B, T, SIZE, 5, 4, dtype=torch.float64, device=device)
+
+    def packed(x):
+        return [x] if case == "levels" else x
+
+    def unpacked(outputs):
+        return (outputs[0][0] if case == "levels" else outputs[0]), outputs[1]
+
+    for given in ({}, {"lengths": masks["lengths"]}, masks):
+        turned = {name: mask.T if name == "reset" else mask for name, mask in given.items()}
+        out, h = unpacked(last(packed(x.transpose(0, 1)), **turned))
+        assert_close((out.transpose(0, 1), h), unpacked(first(packed(x), **given)))
+    reset = masks["reset"][:, 0]
+    assert_close(last(packed(x[:, 0]), h, reset=reset), first(packed(x[:, 0]), h, reset=reset))
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("case", ["layers", "both_conv_shared"])
+def test_masks_do_not_make_a_layer_walk(device):
+    """One op a layer over the sequence, with both masks; with a learned h0, whose restarts the op does not know, with
+    lengths."""
+    x, masks = torch.randn(B, T, SIZE, 6, 6, device=device), make_masks(device)
+
+    def ran(rnn, x, **masks):
+        with torch.profiler.profile() as profile:
+            rnn(x, **masks)
+        return {e.key: e.count for e in profile.key_averages() if e.key.startswith("convrnn::")}
+
+    assert ran(GRU_RCN(SIZE, 3, 3, device=device), x, **masks) == {"convrnn::gru_rcn": 1}
+    assert ran(StackedGRU_RCN([SIZE] * 2, [2, 3], 3, device=device), [x, x], **masks) == {"convrnn::gru_rcn": 2}
+    rnn = ConvGRU(SIZE, [3, 2], 3, strides=[1, 2], norm="layer", bidirectional=True, device=device)
+    assert ran(rnn, x, **masks) == {"convrnn::gru_rcn": 4}
+    rnn = ConvGRU(SIZE, 3, 3, learn_h0=True, device=device)
+    assert ran(rnn, x, lengths=masks["lengths"]) == {"convrnn::gru_rcn": 1}
+    assert "convrnn::gru_rcn" not in ran(rnn, x, **masks)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("case", ["layers", "both_conv_shared", "both_rcn"])
 def test_script_compile_export(case, device):
     torch._dynamo.reset()
     rnn, x, h = build(case, device)
@@ -231,9 +348,11 @@ FLAGS = torch.zeros(B, T, dtype=torch.bool)
         ),
     ],
 )
-@pytest.mark.parametrize("case", ["cell", "layers", "both"])
+@pytest.mark.parametrize("case", ["cell", "layers", "conv_sep", "both", "both_rcn"])
 def test_bad_calls(case, error, message, call):
     rnn, x, _ = build(case, "cpu")
+    if case == "conv_sep" and "PackedSequence" in message:
+        error, message = TypeError, "x must be a Tensor .* got PackedSequence"
     with pytest.raises(error, match=message):
         call(rnn, x)
 
@@ -242,5 +361,17 @@ def test_bad_calls_of_one_layer():
     rnn, x, _ = build("layers", "cpu")
     with pytest.raises(ValueError, match=r"x must be one frame \(B, input_size\), got shape \[3, 6, 4\]"):
         rnn.step(x)
-    with pytest.raises(ValueError, match="lengths and reset must be None over GRU_RCN"):
-        Bidirectional(GRU_RCN(SIZE, 3, 3))(torch.zeros(B, T, SIZE, 4, 4), reset=FLAGS)
+    frames, maps = torch.zeros(B, T, SIZE, 4, 4), [torch.zeros(B, T, SIZE, 4, 4)] * 2
+    with pytest.raises(ValueError, match=r"x must be one frame \(B, Ox, H, W\), got shape \[3, 6, 4, 4, 4\]"):
+        GRU_RCN(SIZE, 3, 3).step(frames)
+    levels = StackedGRU_RCN([SIZE, SIZE], [2, 3], 3)
+    with pytest.raises(ValueError, match=r"xs must hold maps of one frame \(B, Ox, H, W\), got shape"):
+        levels.step(maps)
+    with pytest.raises(ValueError, match="xs must hold clips or maps of one frame, got both"):
+        levels([maps[0], maps[1][:, 0]])
+    with pytest.raises(ValueError, match=r"reset must have shape \[3, 6\], got \[6, 3\]"):
+        levels(maps, reset=FLAGS.T)
+    with pytest.raises(TypeError, match="lengths must be an integer Tensor, got torch.float32"):
+        GRU_RCN(SIZE, 3, 3)(frames, lengths=torch.ones(B))
+    with pytest.raises(TypeError, match="x must be a Tensor over a layer with batch_first=False, got a PackedSequence"):
+        Bidirectional(GRU_RCN(SIZE, 3, 3, batch_first=False))(pack_sequence([frames[0]]))

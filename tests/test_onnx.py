@@ -63,8 +63,9 @@ class Masked(torch.nn.Module):
         return self.rnn(x, lengths=lengths, reset=reset)
 
 
-def test_lengths_and_resets(tmp_path, device):
-    module, x = MODULES["MinGRU"].make()
+@pytest.mark.parametrize("name", ["MinGRU", "GRU_RCN"])
+def test_lengths_and_resets(name, tmp_path, device):
+    module, x = MODULES[name].make()
     module, path = Masked(module), tmp_path / "masked.onnx"
     lengths, reset = torch.tensor([5, 2, 0]), torch.rand(x.shape[:2]) < 0.4
     export(module, (x, lengths, reset), ({1: Dim.AUTO}, None, {1: Dim.AUTO}), path)
@@ -99,9 +100,10 @@ def test_decompositions_are_the_ops(op, device):
     """In shape, dtype and value, with and without a state, with kernels of even sizes and in one dimension."""
     overload = getattr(torch.ops.convrnn, op).default
     samples = forward_samples(op, device)
-    for arguments in [samples[i] for i in (1, 2, 4, 5, 6)] if op == "gru_rcn" else [*samples[:2], *samples[5:]]:
+    chosen = [samples[i] for i in (1, 2, 4, 5, 6, -3, -2, -1)] if op == "gru_rcn" else [*samples[:2], *samples[5:]]
+    for arguments in chosen:
         if op == "gru_rcn":
-            arguments = (*arguments, None)[:6] + (False,)
+            arguments = (*(*arguments, None)[:6], False, *arguments[7:])
         found = convrnn.onnx.decomposition_table()[overload](*arguments)
         for a, b in zip(tensors(found), tensors(overload(*arguments)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -76,22 +76,24 @@ def test_threads_do_not_change_a_bit(op, device):
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
 
 
-def _mingru(arguments):
-    return convrnn.mingru(*arguments[:2], **_masks(arguments))
+def _public(op, arguments):
+    """The arguments and the masks that the public function takes for those of its op."""
+    if op not in CODES:
+        return arguments, {}
+    codes = arguments[CODES[op]] if len(arguments) > CODES[op] else None
+    masks = {} if codes is None else {"reset": codes % 2 == 1, "hold": codes >= 2}
+    return arguments[: 2 if op == "mingru" else 6], masks
 
 
-def _masks(arguments):
-    """The public function's masks for an op's codes."""
-    codes = arguments[2] if len(arguments) > 2 else None
-    return {} if codes is None else {"reset": codes % 2 == 1, "hold": codes >= 2}
+CODES = {"mingru": 2, "gru_rcn": 7}  # where they stand
 
 
 PUBLIC = {
-    "mingru": _mingru,
-    "log_scan": lambda a: convrnn.parallel_scan_log(*a),
-    "gru_gates": lambda a: convrnn.ops.gru_gates(*a),
-    "gru_update": lambda a: convrnn.ops.gru_update(*a),
-    "gru_rcn": lambda a: convrnn.gru_rcn(*a),
+    "mingru": convrnn.mingru,
+    "log_scan": convrnn.parallel_scan_log,
+    "gru_gates": convrnn.ops.gru_gates,
+    "gru_update": convrnn.ops.gru_update,
+    "gru_rcn": convrnn.gru_rcn,
 }
 
 
@@ -108,9 +110,11 @@ def test_compile_fullgraph(op, dynamic, device):
     """Without the optional arguments and with them; what strides and ranks make of it is opcheck's."""
     torch._dynamo.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for arguments in forward_samples(op, device)[:2]:
-        eager, traced = (grown(copy.deepcopy(arguments)) for _ in range(2))
-        expected, got = _loss(PUBLIC[op](eager)), _loss(compiled(traced))
+    samples = forward_samples(op, device)
+    for arguments in [*samples[:2], *(a for a in samples if _public(op, a)[1])][:3]:
+        given, masks = _public(op, arguments)
+        eager, traced = (grown(copy.deepcopy(given)) for _ in range(2))
+        expected, got = _loss(PUBLIC[op](*eager, **masks)), _loss(compiled(*traced, **masks))
         torch.testing.assert_close(got, expected)
         expected.backward()
         got.backward()
@@ -133,8 +137,8 @@ def test_autocast(dtype, device):
 
 @pytest.mark.parametrize("op", ["mingru", "gru_rcn"])
 def test_scripting(op, device, tmp_path):
-    scripted = torch.jit.script(getattr(convrnn, op))
+    scripted = torch.jit.script(PUBLIC[op])
     for arguments in forward_samples(op, device):
-        given, masks = (arguments[:2], _masks(arguments)) if op == "mingru" else (arguments, {})
-        for a, b in zip(scripted(*given, **masks), getattr(convrnn, op)(*given, **masks), strict=True):
+        given, masks = _public(op, arguments)
+        for a, b in zip(scripted(*given, **masks), PUBLIC[op](*given, **masks), strict=True):
             assert torch.equal(a, b)

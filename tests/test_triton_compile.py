@@ -67,14 +67,16 @@ def run_gru_step(dtype: torch.dtype, arrangement: str, state: torch.dtype) -> No
     gru_gates.gru_update_bwd(c, h_next, z, c, h)
 
 
-def run_gru_rcn(dtype: torch.dtype, with_h0: bool, space: tuple[int, ...] = (4, 4)) -> None:
+def run_gru_rcn(
+    dtype: torch.dtype, with_h0: bool, space: tuple[int, ...] = (4, 4), codes: Tensor | None = None
+) -> None:
     ones = [1] * len(space)
     x, h0 = torch.zeros(2, 3, 2, *space, dtype=dtype), torch.zeros(2, 8, *space, dtype=dtype)
     W, U, C = (x.new_zeros(shape) for shape in ((24, 2, *ones), (16, 8, *ones), (8, 8, *ones)))
     h0 = h0 if with_h0 else None
-    out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, None)
+    out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, None, codes=codes)
     for dout in (out, None):
-        gru_rcn.gru_rcn_bwd(dout, h_n, x, h0, W, U, C, out, gates, [True] * 6)
+        gru_rcn.gru_rcn_bwd(dout, h_n, x, h0, W, U, C, out, gates, [True] * 6, codes)
 
 
 def check_log_scan(launches: list[Launch], dtype: torch.dtype, aligned: bool = True) -> None:
@@ -169,6 +171,18 @@ def test_gru(arch: int, dtype: torch.dtype) -> None:
         run_gru_step(dtype, "channels_last", dtype)
     # A float32 state beside bfloat16 gates changes the number of lanes a thread holds, once, before it is stored.
     check(launches, barriers=0 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gru_codes(arch: int, dtype: torch.dtype) -> None:
+    """A byte beside the wide accesses of each kernel of a step, and nothing else."""
+    with compiling(arch) as launches:
+        run_gru_rcn(dtype, with_h0=False, codes=torch.zeros(2, 3, dtype=torch.uint8))
+    assert len({launch.kernel for launch in launches}) == 4
+    check(launches, aligned=False, barriers=0 if dtype == torch.float32 else 1)
+    for launch in launches:
+        assert set(launch.loads + launch.stores) == {8, 128} and launch.loads[8] == 1, launch.kernel
 
 
 def test_mingru_without_upstream_gradients() -> None:

@@ -71,6 +71,29 @@ def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], with_h
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_resets_and_held_frames(dtype: torch.dtype) -> None:
+    """Tiles of 64 pixels that hold several samples; what is ruled out is NaN."""
+    inputs = inputs_of(3, 4, 5, 5, 8, dtype)
+    codes = torch.tensor([[0, 1, 2, 1], [3, 0, 1, 2], [2, 2, 0, 0]], dtype=torch.uint8)
+    held = (codes & 2 != 0).view(3, 4, 1, 1, 1)
+    dirty = [inputs[0].masked_fill(held, torch.nan), inputs[1].clone(), *inputs[2:]]
+    dirty[1][1] = torch.nan  # of a row that begins anew
+    with guarded() as launches:
+        out, h_n, gates = gru_rcn.gru_rcn_fwd(*dirty, "gemm", codes)
+        assert [launch.kernel for launch in launches] == 4 * PRODUCTS
+        dout, dh_n = (randn(*x.shape, dtype=dtype, seed=seed, scale=0.5) for x, seed in ((out, 7), (h_n, 8)))
+        x, h0, W, U, C, _ = dirty
+        actual = gru_rcn.gru_rcn_bwd(dout, dh_n, x, h0, W, U, C, out, gates, [True] * 6, codes)
+    wide = double(*inputs)
+    expected = reference.gru_rcn(*wide, reset=codes % 2 == 1, hold=codes >= 2)
+    assert_close(out, expected[0], SEQUENCE, dtype)
+    assert_close(h_n, expected[1], SEQUENCE, dtype)
+    assert_grads(actual, expected, (dout, dh_n), wide, SEQUENCE, dtype)
+    assert not gates.masked_select(held).any()
+
+
+@pytest.mark.interpreted
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_a_projection_is_read_and_left(layout: str) -> None:
     x, h0, W, U, C, bias = inputs_of(3, 2, 8, 5, 5, torch.float32)
@@ -122,10 +145,12 @@ def test_strides_beyond_2_to_the_31() -> None:
         assert torch.equal(near, far)
 
 
-def compiled(arch: int | str, dtype: torch.dtype, *shape: int, device: str = "meta") -> list[Launch]:
+def compiled(
+    arch: int | str, dtype: torch.dtype, *shape: int, device: str = "meta", codes: Tensor | None = None
+) -> list[Launch]:
     inputs = [x.to(device) for x in inputs_of(*shape, dtype)]
     with compiling(arch) as launches:
-        gru_rcn.gru_rcn_fwd(*inputs, "gemm")
+        gru_rcn.gru_rcn_fwd(*inputs, "gemm", codes)
     assert [launch.kernel for launch in launches] == shape[1] * PRODUCTS
     return launches
 
@@ -136,6 +161,15 @@ def compiled(arch: int | str, dtype: torch.dtype, *shape: int, device: str = "me
 def test_machine_code(arch: int, dtype: torch.dtype) -> None:
     for launch in compiled(arch, dtype, 16, 1, 64, 7, 7):
         check_product(launch, dtype.itemsize, registers=192)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_machine_code_with_codes(dtype: torch.dtype) -> None:
+    """Codes of the pixels' samples beside it, a byte each; as many programs to a multiprocessor."""
+    codes = torch.zeros(16, 1, dtype=torch.uint8, device="meta")
+    for launch in compiled(90, dtype, 16, 1, 64, 7, 7, codes=codes):
+        check_product(launch, dtype.itemsize, registers=216, codes=True)
 
 
 @pytest.mark.compiled

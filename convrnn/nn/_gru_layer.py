@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops import gru_gates, gru_rcn, gru_update
+from convrnn.ops import gru_gates, gru_update
+from convrnn.ops._codes import encode
+from convrnn.ops.gru_rcn import coded_gru_rcn
 
 from ..kernels.layout import state_dtype
 from ._convolution import Convolution
@@ -136,7 +138,7 @@ class GRUParameters(nn.Module):
             return make_norm("cell_norm", cell_norm, hidden_size, packed, device=device, dtype=dtype)
 
         self.norm_W, self.norm_U, self.norm_C = norm(3), norm(2), norm(1)
-        # What the whole-sequence op covers, masks over time and recurrent dropout aside: with the input's convolution, or
+        # What the whole-sequence op covers, recurrent dropout and restarts from h0 aside: with the input's convolution, or
         # with any convolution before it.
         self.fused_recurrence = recurrent.fused and self.norm_W is None and not reset_after and zoneout == 0.0
         self.fused = input.fused and self.fused_recurrence
@@ -158,9 +160,9 @@ class GRUParameters(nn.Module):
             if hasattr(norm, "reset_parameters"):
                 norm.reset_parameters()
 
-    def run_fused(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run_fused(self, x: Tensor, h: Tensor | None, codes: Tensor | None) -> tuple[Tensor, Tensor]:
         """The whole sequence in one op; scriptable."""
-        return gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute)
+        return coded_gru_rcn(x, h, self.W, self.U, self.C, self.bias, self.recompute, codes)
 
 
 class GRULayer(GRUParameters):
@@ -179,23 +181,29 @@ class GRULayer(GRUParameters):
         restart: Tensor | None = None,
         below: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs all frames (B, T, input_size, *S); ``below`` (B, T, 2*hidden_size, *S') joins what z and r read."""
+        """Runs all frames (B, T, input_size, *S); ``below`` (B, T, 2*hidden_size, *S') joins what z and r read.
+
+        Where not ``live`` (B, T), the state is held as it is; where ``restart`` (B, T), it becomes the initial one before
+        the frame.
+        """
         dropout = self.recurrent_dropout if self.training else 0.0
-        walks = not self.fused_recurrence or dropout > 0.0 or live is not None or restart is not None
+        restarts_from_h0 = restart is not None and self.h0 is not None  # the op's restart is from zeros
+        walks = not self.fused_recurrence or dropout > 0.0 or restarts_from_h0
+        codes = None if walks else encode(restart, None if live is None else ~live)
         if self.fused and below is None and not walks:
-            return self.run_fused(x, self.initial_state(x) if h is None and self.h0 is not None else h)
+            return self.run_fused(x, self.initial_state(x) if h is None and self.h0 is not None else h, codes)
         self.recurrent.size(self.input.size(list(x.shape[3:])))  # which refuse frames that are too small
         projection = self.project(x)
         if below is not None:
             size = self.hidden_size
             projection = torch.cat((projection[:, :, : 2 * size] + below, projection[:, :, 2 * size :]), 2)
         initial: Tensor | None = None
-        if restart is not None or (h is None and (walks or self.h0 is not None)):
+        if (walks and (h is None or restart is not None)) or (h is None and self.h0 is not None):
             initial = self.initial_state(x)
         if h is None and initial is not None:
             h = initial.to(projection.dtype)
         if not walks:
-            return gru_rcn(projection, h, None, self.U, self.C, recompute=self.recompute)
+            return coded_gru_rcn(projection, h, None, self.U, self.C, None, self.recompute, codes)
         assert h is not None
         packs = self.reset_after and self.norm_U is None and self.recurrent.groups == 1 and self.U_depthwise is None
         return recur(

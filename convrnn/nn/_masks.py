@@ -6,7 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from convrnn.ops._check import check_mask
+
 # All but run_packed is scriptable.
+
+
+def read_masks(x: Tensor, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Checks both for x (B, T, ...) and returns which frames its rows have, and which of these begin a sequence."""
+    check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
+    check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+    live: Tensor | None = None
+    if lengths is not None:
+        live = live_frames(lengths, x)
+        if reset is not None:
+            reset = reset & live
+    return live, reset
 
 
 def live_frames(lengths: Tensor, x: Tensor) -> Tensor:
@@ -40,18 +54,23 @@ def resets_before(reset: Tensor) -> Tensor:
 
 
 def run_packed(
-    rnn: nn.Module, x: PackedSequence, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    rnn: nn.Module,
+    x: PackedSequence,
+    h: list[Tensor] | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool,
 ) -> Any:
-    """Runs ``rnn`` over a PackedSequence; h and ``reset`` (B, T) are in the order of the batch, as what comes back."""
+    """Runs ``rnn`` over a PackedSequence; h and ``reset`` have the rows in the order of the batch, as what comes back."""
     if lengths is not None:
         raise ValueError("lengths must be None with a PackedSequence, which has its own, got a value")
     order, back = x.sorted_indices, x.unsorted_indices
     # In the order of the lengths, as torch.nn.GRU: turning them back here would wait for the device.
-    padded, sizes = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=True)
+    padded, sizes = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=batch_first)
     if order is not None:
         h = h if not isinstance(h, (list, tuple)) else [state.index_select(0, order) for state in h]
-        reset = reset if not isinstance(reset, Tensor) else reset.index_select(0, order)
+        reset = reset if not isinstance(reset, Tensor) else reset.index_select(0 if batch_first else 1, order)
     out, states = rnn.forward(padded, h, lengths=sizes, reset=reset)
-    data = pack_padded_sequence(out, sizes, batch_first=True).data
+    data = pack_padded_sequence(out, sizes, batch_first=batch_first).data
     packed = PackedSequence(data, x.batch_sizes, order, back)
     return packed, states if back is None else [state.index_select(0, back) for state in states]

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
 from ._masks import live_frames, resets_before, reverse, run_packed
+from .conv_gru import ConvGRU
 from .gru_rcn import GRU_RCN
 from .mingru import MinGRUBase
 
@@ -23,12 +24,12 @@ class Bidirectional(nn.Module):
     ``out[:, :, C:].flip(1)``, with C channels a direction.
 
     Args:
-        rnn: the layer for the forward direction: GRU_RCN, MinGRU, MinConv2dGRU or a cell of theirs.
+        rnn: the layer for the forward direction: GRU_RCN, ConvGRU, MinGRU, MinConv2dGRU or a cell of theirs.
         backward_rnn: the layer for the backward direction; None shares ``rnn`` and its weights.
 
     Raises:
         TypeError: ``rnn`` or ``backward_rnn`` is no recurrent layer of this package.
-        ValueError: the two differ in their number of layers, kind of state or ``batch_first``.
+        ValueError: the two differ in their number of layers, kind of state, dimensions of a frame or ``batch_first``.
 
     Source:
         Schuster and Paliwal, "Bidirectional Recurrent Neural Networks", 1997.
@@ -55,11 +56,11 @@ class Bidirectional(nn.Module):
         other = kind if backward_rnn is None else _kind("backward_rnn", backward_rnn)
         if other != kind:
             raise ValueError(
-                "backward_rnn must agree with rnn in (state is one Tensor, number of states, dimension of time): "
+                "backward_rnn must agree with rnn in (state is one Tensor, number of states, dimension of time, dimensions of "
+                "a frame): "
                 f"expected {kind}, got {other}"
             )
-        self.single_state, self.num_states, self.time_dim = kind
-        self.frame_dims = rnn.layout.count(",") if isinstance(rnn, MinGRUBase) else -1
+        self.single_state, self.num_states, self.time_dim, self.frame_dims = kind
         self.rnn = rnn
         self.backward_rnn = backward_rnn
 
@@ -72,11 +73,11 @@ class Bidirectional(nn.Module):
         the other side of the cut: at frame t-1, where the forward direction does at t.
 
         Args:
-            x: the sequence, as ``rnn`` takes it; over minGRU one frame and a PackedSequence too.
+            x: the sequence, as ``rnn`` takes it, or one frame; over minGRU a PackedSequence too.
             h: initial states of the forward direction, then those of the backward direction, as ``rnn`` takes them
                 (GRU_RCN: [h_fwd, h_bwd]); None for the states of :meth:`init_hidden_state`.
-            lengths: (B,) integers, frames of each row, as ``rnn`` takes them; None over GRU_RCN.
-            reset: (B, L) bool, for one frame (B,), True where a sequence begins, as ``rnn`` takes it; None over GRU_RCN.
+            lengths: (B,) integers, frames of each row, as ``rnn`` takes them.
+            reset: (B, L) bool, for one frame (B,), True where a sequence begins, as ``rnn`` takes it.
 
         Returns:
             out: both outputs joined over the channels (dim 2), in the order of time.
@@ -87,32 +88,35 @@ class Bidirectional(nn.Module):
             ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            return run_packed(self, x, h, lengths, reset)
+            if self.time_dim == 0:
+                raise TypeError("x must be a Tensor over a layer with batch_first=False, got a PackedSequence")
+            return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
         check_states(h, 2 * self.num_states)
-        if self.single_state and (lengths is not None or reset is not None):
-            raise ValueError("lengths and reset must be None over GRU_RCN, which has none, got a value")
         frame = isinstance(x, Tensor) and x.dim() == self.frame_dims
         if frame:
-            x = x.unsqueeze(1)
+            x = x.unsqueeze(self.time_dim)
             if isinstance(reset, Tensor):
-                reset = reset.unsqueeze(1)
+                reset = reset.unsqueeze(self.time_dim)
         h_fwd = None if h is None else h[: self.num_states]
         h_bwd = None if h is None else h[self.num_states :]
         out_fwd, h_fwd = self._forward_direction(x, h_fwd, lengths, reset)
+        clip = self._batch_first(x)
         if reset is not None:
+            cuts = self._batch_first(reset)
             if lengths is not None:
-                reset = reset & live_frames(lengths, x)
-            reset = reverse(resets_before(reset), lengths)
-        if lengths is not None:
-            out_bwd, h_bwd = self._backward_direction(reverse(x, lengths), h_bwd, lengths, reset)
-            out_bwd = reverse(out_bwd, lengths)
-        else:
-            out_bwd, h_bwd = self._backward_direction(x.flip(self.time_dim), h_bwd, lengths, reset)
-            out_bwd = out_bwd.flip(self.time_dim)
+                cuts = cuts & live_frames(lengths, clip)
+            reset = self._batch_first(reverse(resets_before(cuts), lengths))
+        turned = self._batch_first(reverse(clip, lengths))
+        out_bwd, h_bwd = self._backward_direction(turned, h_bwd, lengths, reset)
+        out_bwd = self._batch_first(reverse(self._batch_first(out_bwd), lengths))
         out = torch.cat((out_fwd, out_bwd), dim=2)
         if frame:
-            out = out.squeeze(1)
+            out = out.squeeze(self.time_dim)
         return out, h_fwd + h_bwd
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        """From the order of ``rnn`` to (B, T, ...), and back."""
+        return x if self.time_dim == 1 else x.transpose(0, 1)
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
@@ -128,7 +132,7 @@ class Bidirectional(nn.Module):
         self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         if self.single_state:
-            out, state = self.rnn(x, None if h is None else h[0])
+            out, state = self.rnn(x, None if h is None else h[0], lengths, reset)
             return out, [state]
         out, states = self.rnn(x, h, lengths=lengths, reset=reset)
         return out, states
@@ -139,16 +143,18 @@ class Bidirectional(nn.Module):
         if self.backward_rnn is None:
             return self._forward_direction(x, h, lengths, reset)
         if self.single_state:
-            out, state = self.backward_rnn(x, None if h is None else h[0])
+            out, state = self.backward_rnn(x, None if h is None else h[0], lengths, reset)
             return out, [state]
         out, states = self.backward_rnn(x, h, lengths=lengths, reset=reset)
         return out, states
 
 
-def _kind(name: str, rnn: Any) -> tuple[bool, int, int]:
-    """Returns (state is one Tensor, number of states, dimension of time)."""
+def _kind(name: str, rnn: Any) -> tuple[bool, int, int, int]:
+    """Returns (state is one Tensor, number of states, dimension of time, dimensions of one frame)."""
     if isinstance(rnn, GRU_RCN):
-        return True, 1, 1 if rnn.batch_first else 0
-    if not hasattr(rnn, "num_layers") or not hasattr(rnn, "init_hidden_state"):
-        raise TypeError(f"{name} must be a recurrent layer of convrnn, got {type(rnn).__name__}")
-    return False, rnn.num_layers, 1
+        return True, 1, 1 if rnn.batch_first else 0, 4
+    if isinstance(rnn, ConvGRU) and rnn.directions == 1:
+        return False, rnn.num_layers, 1 if rnn.batch_first else 0, rnn.spatial_dims + 2
+    if isinstance(rnn, MinGRUBase) and not rnn.bidirectional:
+        return False, rnn.num_states, 1 if rnn.batch_first else 0, rnn.layout.count(",")
+    raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")

@@ -22,7 +22,7 @@ from ._checks import (
 )
 from ._convolution import Conv, Size, Sizes, as_convolutions
 from ._gru_layer import GRULayer
-from ._masks import blank, live_frames, resets_before
+from ._masks import blank, read_masks, resets_before
 from ._parts import Norm, make_norm
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
@@ -34,9 +34,9 @@ class ConvGRU(nn.Module):
     ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
     near 0 keeps the state h. Each layer reads the output of the one before, and computes the input's convolutions, of
     any kind, for all frames at once. A layer whose recurrent convolutions are dense, with zero padding and without
-    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), as long as none of ``reset_after``,
-    ``cell_norm``, ``zoneout``, ``recurrent_dropout`` (in training), ``lengths`` and ``reset`` is in use; every other
-    walks over time. Compiled, such a walk is unrolled.
+    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), with ``lengths`` and ``reset`` too, as long as
+    none of ``reset_after``, ``cell_norm``, ``zoneout`` and ``recurrent_dropout`` (in training) is in use, nor ``reset``
+    with ``learn_h0``; every other walks over time. Compiled, such a walk is unrolled.
 
     Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
     (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).
@@ -253,15 +253,9 @@ class ConvGRU(nn.Module):
         if not autocast_is_on(x.device.type):
             check_same_dtype("x", x, "the parameters", layer.W)
         check_states(h, self.num_layers * self.directions)
-        batch, steps = x.shape[:2]
-        check_mask("reset", reset, [batch, steps], True, "x", x)
-        check_mask("lengths", lengths, [batch], False, "x", x)
-
-        live: Tensor | None = None
-        if lengths is not None:
-            live = live_frames(lengths, x)
+        live, reset = read_masks(x, lengths, reset)
+        if live is not None:
             x = blank(x, live)
-            reset = None if reset is None else reset & live
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             if i > 0:
@@ -477,38 +471,55 @@ class SepConvGRUCell(nn.Module):
         self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **options)
         self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **options)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self,
+        x: Tensor,
+        h: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
 
+        ``lengths`` and ``reset`` are those of :class:`ConvGRU`.
+
         Returns:
-            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W).
-            h_n: list of the state after the last frame.
+            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W); zero behind a row's end.
+            h_n: list of the state after the last frame of each row.
 
         Raises:
-            TypeError: ``x`` is no Tensor, or ``h`` no list of one.
-            ValueError: a shape does not fit.
+            TypeError: an argument is no Tensor, ``h`` no list of one, or the dtype of a mask does not fit.
+            ValueError: a shape or a mask's device does not fit.
         """
         if check_clip(x, 2, self.horizontal.input_size, self.horizontal.batch_first):
-            return self._update(x, h)
+            return self._update(x, h, lengths, reset)
         time = 1 if self.horizontal.batch_first else 0
+        check_mask("lengths", lengths, [x.shape[1 - time]], False, "x", x)
+        check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
         out: list[Tensor] = []
         state = self.init_hidden_state(x) if h is None else [*h]
-        for frame in x.unbind(time):
-            frame_out, state = self._update(frame, state)
+        for t, frame in enumerate(x.unbind(time)):
+            left = None if lengths is None else lengths.long() - t
+            frame_out, state = self._update(frame, state, left, None if reset is None else reset.select(time, t))
             out.append(frame_out)
         if not out:
             raise ValueError(f"x must hold at least one frame, got shape {list(x.shape)}")
         return torch.stack(out, time), state
 
-    def _update(self, x: Tensor, h: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        _, state = self.horizontal.step(x, h)
-        return self.vertical.step(x, state)
+    def _update(
+        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        _, state = self.horizontal(x, h, lengths=lengths, reset=reset)
+        out, state = self.vertical(x, state, lengths=lengths)
+        return out, state
 
-    def step(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def step(
+        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Runs one frame (B, input_size, H, W)."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise ValueError(f"x must be one frame (B, {self.horizontal.input_size}, H, W)")
-        return self._update(x, h)
+        return self._update(x, h, None, reset)
 
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for, of the dtype and device of x."""

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
-from ._checks import as_int, as_pair, check_input, check_shape
+from convrnn.ops._codes import encode
+
+from ._checks import as_int, as_pair, check_sequence, check_shape
 from ._convolution import Convolution
 from ._gru_layer import GRUParameters
+from ._masks import blank, read_masks
 
 __all__ = ["GRU_RCN"]
 
@@ -75,39 +78,72 @@ class GRU_RCN(GRUParameters):
         self.in_channels, self.nb_kernels, self.kernel_size = in_channels, nb_kernels, convolution.kernel
         self.batch_first = bool(batch_first)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Runs h' = (1-z).h + z.c over all frames.
+    def forward(
+        self, x: Tensor, h: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs h' = (1-z).h + z.c over all frames, or over one.
+
+        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the state
+        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
 
         Args:
-            x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``; float.
+            x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``, or one frame (B, Ox, H, W); float.
             h: initial state (B, Oh, H, W), or (Oh, H, W) for the same one in every row of the batch, or None for zeros.
+            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
+            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes zero
+                before the frame is read.
 
         Returns:
-            out: the state after each frame, (B, L, Oh, H, W), or (L, B, Oh, H, W) without ``batch_first``.
-            h_n: the state after the last frame, (B, Oh, H, W).
+            out: the state after each frame, (B, L, Oh, H, W), or (L, B, Oh, H, W) without ``batch_first``, or
+                (B, Oh, H, W) for one frame; zero behind a row's end.
+            h_n: the state after the last frame of each row, (B, Oh, H, W).
 
         Raises:
-            TypeError: ``x`` or ``h`` is no Tensor.
-            ValueError: ``x`` or ``h`` has the wrong shape.
+            TypeError: an argument is no Tensor, or the dtype of a mask does not fit.
+            ValueError: a shape or a mask's device does not fit.
         """
-        x = self._batch_first(x)
+        x, frame = self._clip(x)
+        if isinstance(reset, Tensor):
+            if frame:
+                reset = reset.unsqueeze(1)
+            elif not self.batch_first and reset.dim() == 2:
+                reset = reset.transpose(0, 1)
         if h is not None:
             shape = self._state_shape(x)
             if isinstance(h, Tensor) and h.dim() == 3:
                 check_shape("h", h, shape[1:])
                 h = h.expand(shape)
             check_shape("h", h, shape)
-        out, h_n = self.run_fused(x, h)
+        live, reset = read_masks(x, lengths, reset)
+        if live is None:
+            out, h_n = self.run_fused(x, h, encode(reset, None))
+        else:
+            out, h_n = self.run_fused(blank(x, live), h, encode(reset, ~live))
+            out = blank(out, live)
+        if frame:
+            return out.squeeze(1), h_n
         return (out if self.batch_first else out.transpose(0, 1)), h_n
+
+    def step(self, x: Tensor, h: Tensor | None = None, *, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Runs one frame (B, Ox, H, W); what :meth:`forward` does with it, and refuses a clip.
+
+        Raises:
+            ValueError: ``x`` is a clip.
+        """
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"x must be one frame (B, Ox, H, W), got shape {list(x.shape)}")
+        return self(x, h, reset=reset)
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> Tensor:
         """Returns the state that ``h=None`` stands for: zeros (B, Oh, H, W), of the dtype and device of x."""
-        return x.new_zeros(self._state_shape(self._batch_first(x)))
+        return x.new_zeros(self._state_shape(self._clip(x)[0]))
 
-    def _batch_first(self, x: Tensor) -> Tensor:
-        check_input(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", self.in_channels)
-        return x if self.batch_first else x.transpose(0, 1)
+    def _clip(self, x: Tensor) -> tuple[Tensor, bool]:
+        """x as (B, L, Ox, H, W), and whether it is one frame."""
+        if check_sequence(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", self.in_channels):
+            return x.unsqueeze(1), True
+        return (x if self.batch_first else x.transpose(0, 1)), False
 
     def _state_shape(self, x: Tensor) -> list[int]:
         return [x.shape[0], self.nb_kernels, x.shape[3], x.shape[4]]

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
-from convrnn.ops.mingru import encode
+from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
+from convrnn.ops._codes import encode
 
 from ._checks import (
     as_bool,
@@ -23,7 +23,7 @@ from ._checks import (
     check_states,
 )
 from ._convolution import Conv, Convolution
-from ._masks import blank, live_frames, resets_before, run_packed
+from ._masks import blank, read_masks, resets_before, run_packed
 from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm
 
 __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
@@ -251,7 +251,7 @@ class MinGRUBase(nn.Module):
                 ``lengths`` beside it.
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            return run_packed(self, x, h, lengths, reset)
+            return run_packed(self, x, h, lengths, reset, self.batch_first)
         frame = check_sequence(x, self.layout, self.layer_sizes[0])
         if frame:
             x = x.unsqueeze(1)
@@ -262,16 +262,11 @@ class MinGRUBase(nn.Module):
             if isinstance(reset, Tensor) and reset.dim() == 2:
                 reset = reset.transpose(0, 1)
         check_states(h, self.num_states)
-        check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
-        check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
-        live: Tensor | None = None
+        live, reset = read_masks(x, lengths, reset)
         hold: Tensor | None = None
-        if lengths is not None:
-            live = live_frames(lengths, x)
+        if live is not None:
             hold = ~live
             x = blank(x, live)
-            if reset is not None:
-                reset = reset & live
         codes = encode(reset, hold)
         codes_back: Tensor | None = None
         if self.bidirectional:

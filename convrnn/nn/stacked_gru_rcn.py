@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import as_bool, as_pair, as_sizes, check_input, check_shape, check_states
+from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, check_states
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
+from ._masks import blank, read_masks
 
 __all__ = ["StackedGRU_RCN"]
 
@@ -87,23 +88,46 @@ class StackedGRU_RCN(nn.Module):
         for weight in self.bottom_up:
             nn.init.xavier_uniform_(weight)
 
-    def forward(self, xs: Sequence[Tensor], h: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs all levels over all frames.
+    def forward(
+        self,
+        xs: Sequence[Tensor],
+        h: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs all levels over all frames, or over one.
+
+        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
+        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
 
         Args:
-            xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``; float.
+            xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``, or those
+                of one frame (B, Ox_i, H_i, W_i); float.
             h: the state of each level, a list of (B, Oh_i, H_i, W_i), or None for zeros.
+            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
+            reset: bool of the shape of the maps' first two dimensions (B for one frame), True where the states become
+                zero before the frame is read.
 
         Returns:
-            outs: the states of each level after each frame, a list of (B, L, Oh_i, H_i, W_i).
-            h_n: the states after the last frame, shaped as ``h``.
+            outs: the states of each level after each frame, a list of (B, L, Oh_i, H_i, W_i), (L, B, ...) or
+                (B, Oh_i, H_i, W_i); zero behind a row's end.
+            h_n: the states after the last frame of each row, shaped as ``h``.
 
         Raises:
-            TypeError: an entry is no Tensor, or ``xs`` or ``h`` no list of them.
-            ValueError: a shape or the number of levels does not fit.
+            TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
+            ValueError: a shape, the number of levels or a mask's device does not fit.
         """
-        maps = self._maps(xs)
+        maps, frame = self._maps(xs)
         check_states(h, len(self.levels))
+        if isinstance(reset, Tensor):
+            if frame:
+                reset = reset.unsqueeze(1)
+            elif not self.batch_first and reset.dim() == 2:
+                reset = reset.transpose(0, 1)
+        live, reset = read_masks(maps[0], lengths, reset)
+        if live is not None:
+            maps = [blank(x, live) for x in maps]
         outs: list[Tensor] = []
         states: list[Tensor] = []
         for i, (x, level) in enumerate(zip(maps, self.levels, strict=True)):
@@ -115,30 +139,50 @@ class StackedGRU_RCN(nn.Module):
                 below = self.convolution(frames, self.bottom_up[i - 1]).unflatten(0, x.shape[:2])
             if h is not None:
                 check_shape(f"h[{i}]", h[i], [x.shape[0], self.nb_kernels[i], *x.shape[3:]])
-            out, state = level(x, None if h is None else h[i], below=below)
+            out, state = level(x, None if h is None else h[i], live, reset, below)
             outs.append(out)
             states.append(state)
+        if live is not None:
+            outs = [blank(out, live) for out in outs]
+        if frame:
+            return [out.squeeze(1) for out in outs], states
         return (outs if self.batch_first else [out.transpose(0, 1) for out in outs]), states
+
+    def step(
+        self, xs: Sequence[Tensor], h: list[Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs the maps of one frame, (B, Ox_i, H_i, W_i); what :meth:`forward` does with it, and refuses clips.
+
+        Raises:
+            ValueError: ``xs`` holds clips.
+        """
+        for x in xs if isinstance(xs, (list, tuple)) else []:
+            if isinstance(x, Tensor) and x.dim() != 4:
+                raise ValueError(f"xs must hold maps of one frame (B, Ox, H, W), got shape {list(x.shape)}")
+        return self(xs, h, reset=reset)
 
     def init_hidden_state(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for: zeros, of the dtype and device of each level's maps."""
         return [
-            x.new_zeros(x.shape[0], size, *x.shape[3:]) for x, size in zip(self._maps(xs), self.nb_kernels, strict=True)
+            x.new_zeros(x.shape[0], size, *x.shape[3:])
+            for x, size in zip(self._maps(xs)[0], self.nb_kernels, strict=True)
         ]
 
-    def _maps(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """The maps, batch first."""
+    def _maps(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """The maps (B, L, Ox, H, W), and whether they are those of one frame."""
         if not isinstance(xs, (list, tuple)):
             raise TypeError(f"xs must be a list of {len(self.levels)} Tensors, got {type(xs).__name__}")
         if len(xs) != len(self.levels):
             raise ValueError(f"xs must hold the maps of {len(self.levels)} levels, got {len(xs)}")
-        for x, channels in zip(xs, self.in_channels, strict=True):
-            check_input(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", channels)
-        maps = [x if self.batch_first else x.transpose(0, 1) for x in xs]
+        layout = "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)"
+        frames = [check_sequence(x, layout, channels) for x, channels in zip(xs, self.in_channels, strict=True)]
+        if len(set(frames)) == 2:
+            raise ValueError(f"xs must hold clips or maps of one frame, got both: {[list(x.shape) for x in xs]}")
+        maps = [x.unsqueeze(1) if frames[0] else x if self.batch_first else x.transpose(0, 1) for x in xs]
         leads = [list(x.shape[:2]) for x in maps]  # compared and not hashed: sizes are symbols under torch.export
         if any(lead != leads[0] for lead in leads):
             raise ValueError(f"xs must hold maps of one batch and number of frames, got {leads}")
-        return maps
+        return maps, frames[0]
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.convolution.kernel}"

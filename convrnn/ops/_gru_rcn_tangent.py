@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.layout import state_dtype
+from ._codes import HOLD, RESTART, has_bit
 from ._library import BACKEND
 
 
@@ -40,10 +41,11 @@ def _convolve_all(frames: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return _convolve(frames.flatten(0, 1), weight, bias).unflatten(0, frames.shape[:2])
 
 
-def _states(out: Tensor, h0: Tensor | None) -> Tensor:
-    """The state before each step."""
+def _states(out: Tensor, h0: Tensor | None, codes: Tensor | None) -> Tensor:
+    """The state that each step reads."""
     first = torch.zeros_like(out[:, :1]) if h0 is None else h0.unsqueeze(1).to(out.dtype)
-    return torch.cat((first, out[:, :-1]), 1)
+    h = torch.cat((first, out[:, :-1]), 1)
+    return h if codes is None else h.masked_fill(has_bit(codes, RESTART | HOLD, h), 0.0)
 
 
 def _activations(gates: Tensor, features: int) -> Tensor:
@@ -69,14 +71,14 @@ def restore(primals: list[Tensor | None], returned: Sequence[Tensor | None]) -> 
     """The inputs of gru_rcn from those of its backward: without W the activations are kept and x is not, only its place in
     the graph."""
     x, h0, W, U, C, _ = primals
-    out, gates = returned
+    out, gates, codes = returned
     assert x is not None and U is not None and C is not None and out is not None and gates is not None
     if W is not None or gates.numel() == 0:
         return primals
     dtype, features = state_dtype(x), C.shape[0]
     with _no_autocast(x):
         zr, c = _activations(gates, features).to(dtype).split([2 * features, features], dim=2)
-        h = _states(out.to(dtype), h0)
+        h = _states(out.to(dtype), h0, codes)
         rh = zr[:, :, features:] * h
         most = 1e4  # where they round to 0 or 1: far out and finite in every dtype
         a_zr = torch.logit(zr).clamp(-most, most) - _convolve_all(h, U.to(dtype))
@@ -89,7 +91,7 @@ def jvp(
     inputs: Sequence[Any], outputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The tangent of the recurrence: what does not wait for the state's tangent is computed for all steps at once."""
-    x, h0 = inputs[:2]
+    x, h0, *_, codes = inputs
     dtype = state_dtype(x)
     with _no_autocast(x):
         out, h_n = outputs[:2]
@@ -98,10 +100,15 @@ def jvp(
         dh = torch.zeros_like(h_n, dtype=dtype) if dh0 is None else dh0
         if out.numel() == 0:
             return torch.zeros_like(out), dh.to(h_n.dtype), None
+        restart = held = None
+        if codes is not None:
+            restart, held = has_bit(codes, RESTART, x), has_bit(codes, HOLD, x)
+            x = x.masked_fill(held, 0.0)
+            dx = None if dx is None else dx.masked_fill(held, 0.0)
         x, U, C = (i.to(dtype) for i in (x, *inputs[3:5]))
         W, bias = (None if i is None else i.to(dtype) for i in (inputs[2], inputs[5]))
         features = C.shape[0]
-        h = _states(out.to(dtype), h0)
+        h = _states(out.to(dtype), h0, codes)
         xp = x if W is None else _convolve_all(x, W, bias)
         zr = torch.sigmoid(xp[:, :, : 2 * features] + _convolve_all(h, U))
         z, r = zr.chunk(2, dim=2)
@@ -124,14 +131,18 @@ def jvp(
         dout = []
         for t, (da_zr_t, da_c_t, slope_zr, z_t, r_t, toward, slope_c, h_t) in enumerate(zip(*steps, strict=True)):
             still = t == 0 and dh0 is None  # the state has no tangent yet
+            if restart is not None:
+                dh = dh.masked_fill(restart[:, t], 0.0)
             dz, dr = (slope_zr * (da_zr_t if still else da_zr_t + _convolve(dh, U))).chunk(2, dim=1)
             dc = slope_c * (da_c_t + _convolve(dr * h_t + r_t * dh, C))
-            dh = (1 - z_t) * dh + toward * dz + dc
+            moved = (1 - z_t) * dh + toward * dz + dc
+            dh = moved if held is None else torch.where(held[:, t], dh, moved)
             dout.append(dh)
         return torch.stack(dout, 1).to(out.dtype), dh.to(h_n.dtype), None
 
 
 def forward_and_jvp(primals: Sequence[Tensor | None], directions: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *inputs, codes = primals
     with _no_autocast(primals[0]):
-        outputs = torch.ops.convrnn.gru_rcn(*primals)
+        outputs = torch.ops.convrnn.gru_rcn(*inputs, codes=codes)
     return jvp(primals, outputs, directions)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ._autograd import Formulas, Forward, fold, loop, register, register_backward_op
-from ._check import autocast_is_on, check_floating, check_same_device, check_same_dtype, check_shape
+from ._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype, check_shape
+from ._codes import check_codes, encode
 from ._gru_rcn_tangent import StandIn, forward_and_jvp, jvp, odd, restore
 from ._library import GRU_STEP, register_autocast, register_triton
 
@@ -20,6 +21,8 @@ def gru_rcn(
     C: Tensor,
     bias: Tensor | None = None,
     recompute: bool = False,
+    reset: Tensor | None = None,
+    hold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = (1 - z) . h_{t-1} + z . c over a sequence of frames, every projection a convolution (*).
 
@@ -31,6 +34,9 @@ def gru_rcn(
     Without W, x is the projection itself: what z, r and c take from the input by a convolution of any kind, biases
     included. The op then runs the recurrence alone, and x's gradient is that of the projection. It is saved with
     ``recompute`` only; a double backward finds it from [z, r, c], with their rounding.
+
+    Where ``reset``, h_{t-1} is zero instead, and where ``hold``, h_t = h_{t-1}; where both, h_t is zero. What is forgotten
+    and what is held out of the recurrence has no influence, be it NaN, and gets no gradient.
 
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
@@ -53,13 +59,15 @@ def gru_rcn(
         recompute: compute the activations again in backward instead of keeping them: a quarter of the memory of
             hidden size is kept, for about another forward pass of time. On the CPU with 16-bit tensors they follow from
             the states as returned, rounded, and differ from the first ones by that.
+        reset: (B, T) bool, True where a sequence begins: the state before the frame is forgotten, for zeros.
+        hold: (B, T) bool, True where the state passes a frame as it is, as in the padding of a batch.
 
     Returns:
         ``out`` (B, T, Oh, *S), contiguous, in the dtype of ``x``, and ``h_n`` (B, Oh, *S), the state after the last frame
         in the dtype of ``h0`` (of ``x`` where there is none).
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or the dtypes differ.
+        TypeError: an argument is no floating-point tensor, a mask no bool one, or the dtypes differ.
         ValueError: a shape or device does not fit.
 
     Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
@@ -73,7 +81,28 @@ def gru_rcn(
         >>> gru_rcn(strided.unflatten(0, (2, 5)), None, None, U, C)[0].shape
         torch.Size([2, 5, 4, 8, 8])
     """
-    _check_shapes(x, h0, W, U, C, bias)
+    codes: Tensor | None = None
+    if reset is not None or hold is not None:
+        _check_shapes(x, h0, W, U, C, bias)
+        frames = list(x.shape[:2])
+        check_mask("reset", reset, frames, True, "x", x)
+        check_mask("hold", hold, frames, True, "x", x)
+        codes = encode(reset, hold)
+    return coded_gru_rcn(x, h0, W, U, C, bias, recompute, codes)
+
+
+def coded_gru_rcn(
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    recompute: bool,
+    codes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gru_rcn` for masks that ``encode`` has read already."""
+    _check_shapes(x, h0, W, U, C, bias, codes)
     if not torch.jit.is_scripting():  # which knows no autocast by device; there the op finds the wrong dtype
         # a compiled graph checks in the fake kernel, behind autocast
         checked_later = torch.compiler.is_compiling() or autocast_is_on(x.device.type)
@@ -83,7 +112,7 @@ def gru_rcn(
     if not torch.jit.is_scripting():
         # inside of torch.func's transforms a tensor does not say whether a gradient will be wanted
         keep = not recompute and (keep or torch._C._are_functorch_transforms_active())
-    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, W, U, C, bias, keep)
+    out, h_n, _ = torch.ops.convrnn.gru_rcn(x, h0, W, U, C, bias, keep, codes)
     return out, h_n
 
 
@@ -95,7 +124,15 @@ def _needs_gradient(inputs: list[Tensor | None]) -> bool:
     return False
 
 
-def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    codes: Tensor | None = None,
+) -> None:
     check_floating("x", x)
     if x.dim() < 4 or x.dim() > 6 or x.shape[2] == 0:
         raise ValueError(
@@ -118,6 +155,7 @@ def _check_shapes(x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: 
         check_shape("bias", bias, "(3*Oh,)", [3 * channels])
     if h0 is not None:
         _check_state("h0", h0, x, C)
+    check_codes(codes, "x", x)
 
 
 def _check_state(name: str, h: Tensor, x: Tensor, C: Tensor) -> None:
@@ -145,8 +183,16 @@ def _check_dtypes(x: Tensor, W: Tensor | None, U: Tensor, C: Tensor, bias: Tenso
         check_same_dtype("bias", bias, "x", x)
 
 
-def _check_op(x: Tensor, h0: Tensor | None, W: Tensor | None, U: Tensor, C: Tensor, bias: Tensor | None) -> None:
-    _check_shapes(x, h0, W, U, C, bias)
+def _check_op(
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    codes: Tensor | None,
+) -> None:
+    _check_shapes(x, h0, W, U, C, bias, codes)
     _check_dtypes(x, W, U, C, bias)
 
 
@@ -162,8 +208,9 @@ def _check_backward(
     gates: Tensor,
     output_mask: list[bool],
     bias: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> None:
-    _check_op(x, h0, W, U, C, bias)
+    _check_op(x, h0, W, U, C, bias, codes)
     if dh_n is not None:
         _check_state("dh_n", dh_n, x, C)
     for name, sequence, times in (("dout", dout, 1), ("out", out, 1), ("gates", gates, 3)):
@@ -187,8 +234,9 @@ def _(
     C: Tensor,
     bias: Tensor | None = None,
     keep_gates: bool = True,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_op(x, h0, W, U, C, bias)
+    _check_op(x, h0, W, U, C, bias, codes)
     batch, steps, _, *size = x.shape
     out = x.new_empty((batch, steps, C.shape[0], *size))
     h_n = x.new_empty((batch, C.shape[0], *size), dtype=x.dtype if h0 is None else h0.dtype)
@@ -208,8 +256,9 @@ def _(
     gates: Tensor,
     output_mask: list[bool],
     bias: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
+    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias, codes)
     inputs = (x, h0, W, U, C, None if W is None else W.new_empty(W.shape[0]))
     return tuple(
         x.new_empty(0) if like is None or not wanted else like.new_empty(like.shape)
@@ -238,11 +287,12 @@ def _triton(
     C: Tensor,
     bias: Tensor | None = None,
     keep_gates: bool = True,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels.gru_rcn import gru_rcn_fwd
 
-    _check_op(x, h0, W, U, C, bias)
-    out, h_n, gates = gru_rcn_fwd(x, h0, _odd_or_none(W), odd(U), odd(C), bias, GRU_STEP)
+    _check_op(x, h0, W, U, C, bias, codes)
+    out, h_n, gates = gru_rcn_fwd(x, h0, _odd_or_none(W), odd(U), odd(C), bias, GRU_STEP, codes)
     return out, h_n, gates if keep_gates else gates.new_empty(0)
 
 
@@ -258,14 +308,15 @@ def _triton_backward(
     gates: Tensor,
     output_mask: list[bool],
     bias: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from ..kernels.gru_rcn import gru_rcn_bwd, gru_rcn_fwd
 
-    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias)
+    _check_backward(dout, dh_n, x, h0, W, U, C, out, gates, output_mask, bias, codes)
     widened = _odd_or_none(W), odd(U), odd(C)
     if gates.numel() == 0 and out.numel() > 0:
-        gates = gru_rcn_fwd(x, h0, *widened, bias, GRU_STEP)[2]
-    dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *widened, out, gates, output_mask)
+        gates = gru_rcn_fwd(x, h0, *widened, bias, GRU_STEP, codes)[2]
+    dx, dh0, dW, dU, dC, dbias = gru_rcn_bwd(dout, dh_n, x, h0, *widened, out, gates, output_mask, codes)
     return dx, dh0, _narrow(dW, W), _narrow(dU, U), _narrow(dC, C), dbias
 
 
@@ -278,6 +329,7 @@ def _autocast(
     C: Tensor,
     bias: Tensor | None = None,
     keep_gates: bool = True,
+    codes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -285,7 +337,9 @@ def _autocast(
         return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
     with torch.autocast(device_type, enabled=False):
-        out, h_n, gates = torch.ops.convrnn.gru_rcn(cast(x), h0, cast(W), cast(U), cast(C), cast(bias), keep_gates)
+        out, h_n, gates = torch.ops.convrnn.gru_rcn(
+            cast(x), h0, cast(W), cast(U), cast(C), cast(bias), keep_gates, codes
+        )
     return out, h_n, gates
 
 
@@ -296,7 +350,7 @@ def _autocast_backward(device_type: str, *args: Any) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], gates_for_x: bool = False) -> None:
-    x, h0, W, U, C, bias, _ = inputs
+    x, h0, W, U, C, bias, _, codes = inputs
     out, _, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
@@ -305,7 +359,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         # backward does not read x, and nobody else keeps it: the activations take its place, saved once for both
         with torch.enable_grad():
             x, kept = StandIn.apply(x, gates), None  # type: ignore[no-untyped-call]
-    ctx.save_for_backward(x, h0, W, U, C, out, kept, bias)
+    ctx.save_for_backward(x, h0, W, U, C, out, kept, bias, codes)
 
 
 def _setup_reverse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -315,13 +369,13 @@ def _setup_reverse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = [*ctx.needs_input_grad, False][:6]
     if dout is None and dh_n is None:
-        return (None,) * 7
-    *saved, gates, bias = ctx.saved_tensors
+        return (None,) * 8
+    *saved, gates, bias, codes = ctx.saved_tensors
     if gates is None:
         gates = saved[0].detach()
-    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, gates, wanted, bias)
+    gradients = torch.ops.convrnn.gru_rcn_backward(dout, dh_n, *saved, gates, wanted, bias, codes)
     found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    return (*found, None)
+    return (*found, None, None)
 
 
 _WEIGHTS, _BACKWARD_WEIGHTS = (2, 3, 4, 5), (4, 5, 6, 10)
@@ -347,6 +401,6 @@ register_autocast("gru_rcn_backward", _autocast_backward)
 register("gru_rcn", Formulas(_setup_context, _backward, jvp, _vmap, _setup_reverse))
 register_backward_op(
     "gru_rcn_backward",
-    Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), returned=(7, 8), restore=restore),
+    Forward(forward_and_jvp, (0, 1), (2, 3, 4, 5, 6, 10), constants=(11,), returned=(7, 8, 11), restore=restore),
     _vmap_backward,
 )

@@ -9,10 +9,8 @@ from torch import Tensor
 from ..kernels import layout
 from ._autograd import Formulas, Forward, fold, register, register_backward_op
 from ._check import check_floating, check_mask, check_same_device, check_same_dtype, check_shape
+from ._codes import HOLD, RESTART, check_codes, encode, has_bit
 from ._library import register_triton
-
-# Bits of a frame's code, as the kernels have them.
-RESTART, HOLD = 1, 2
 
 
 def mingru(
@@ -64,17 +62,6 @@ def mingru(
     return h, h_n
 
 
-def encode(reset: Tensor | None, hold: Tensor | None) -> Tensor | None:
-    """Returns the codes (B, T) uint8 of two masks: RESTART, HOLD, their sum or 0; None without a mask."""
-    codes: Tensor | None = None
-    if reset is not None:
-        codes = reset.to(torch.uint8)
-    if hold is not None:
-        held = hold.to(torch.uint8) * 2
-        codes = held if codes is None else codes + held
-    return codes
-
-
 def mingru_gate_hidden(gate: Tensor, hidden: Tensor, h: Tensor) -> Tensor:
     """All states of :func:`mingru` from separate gates and candidates.
 
@@ -115,11 +102,7 @@ def _check(gate_hidden: Tensor, h0: Tensor | None, codes: Tensor | None = None) 
         raise ValueError(f"gate_hidden must be (B, T, 2*C, *S), got {list(gate_hidden.shape)}")
     if h0 is not None:
         _check_state("h0", h0, gate_hidden)
-    if codes is not None:
-        if codes.dtype != torch.uint8:
-            raise TypeError(f"codes must be uint8, got {codes.dtype}")
-        check_same_device("codes", codes, "gate_hidden", gate_hidden)
-        check_shape("codes", codes, "(B, T)", list(gate_hidden.shape[:2]))
+    check_codes(codes, "gate_hidden", gate_hidden)
 
 
 def _check_state(name: str, h: Tensor, gate_hidden: Tensor) -> None:
@@ -241,11 +224,6 @@ def affine_scan(gate: Tensor, w: Tensor, first: Tensor, codes: Tensor | None = N
     packed = torch.cat((gate, w / scale + 1.5), 2)
     d, d_n = torch.ops.convrnn.mingru(packed, first / scale.squeeze(1) + 2, codes)
     return (d - 2) * scale, (d_n - 2) * scale.squeeze(1)
-
-
-def has_bit(codes: Tensor, bit: int, like: Tensor) -> Tensor:
-    """Where codes (B, T) have a bit, (B, T, 1, ...) with the dimensions of ``like``."""
-    return ((codes & bit) != 0).view(codes.shape + (1,) * (like.dim() - 2))
 
 
 def _jvp(

@@ -70,6 +70,18 @@ class Cell {
     });
   }
 
+  // Zeros for the kept z, r and c, of a step that is held.
+  void keep_nothing(T* kept, const Part& part) const {
+    rows(part, [&](int64_t, int64_t, int64_t, int64_t kept_row) {
+      for (int64_t gate = 0; gate < 3; ++gate) {
+        T* lanes = kept + gate * p_.pixels() * p_.channels + kept_row;
+        for (int64_t x = 0; x < p_.frame.size.width; ++x, lanes += p_.channels) {
+          std::fill_n(lanes, part.channels(), T(0.f));
+        }
+      }
+    });
+  }
+
   // The kept c from xp and the frame rh, and, if h is given, h' from h.
   void candidate(const A* xp, const A* rh, bool zero, A* h, T* kept, const Part& part, A* scratch) const {
     convolve(c_, rh, zero, 1, part, scratch);

@@ -7,6 +7,9 @@
 // activations z, r, c, or with `keep_gates` off x and h alone, from which the activations are computed again. Without W, x is
 // what the input convolution would give, read step by step; then it is not saved where the activations are.
 //
+// A frame whose code (codes.h) restarts the state follows a zero one, as the first does without h0: there is nothing to
+// convolve. One that is held is not read, in either direction; its activations are kept as zeros.
+//
 // Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache;
 // else they share every stage's rows and channels. Neither changes a bit of the result.
 // Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
@@ -54,7 +57,8 @@ void check(const Tensor& x, const std::optional<Tensor>& h0, const std::optional
 
 template <class T>
 void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor>& W, const Tensor& U,
-             const Tensor& C, const std::optional<Tensor>& bias, const Tensor& out, const Tensor& h_n, const Tensor& gates) {
+             const Tensor& C, const std::optional<Tensor>& bias, const Codes& codes, const Tensor& out, const Tensor& h_n,
+             const Tensor& gates) {
   using A = acc_t<T>;
   const Cell<T> cell(p, W, U, C, bias);
   const Schedule schedule = cell.schedule();
@@ -97,14 +101,18 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
         if (part.channel_begin == 0) {
           const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
           for (int64_t t = begin; t < end; ++t) {
-            xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+            if (!codes.hold(b, t)) {
+              xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+            }
           }
         }
       });
       stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
         const Workspace w = of(slot, b);
         for (int64_t i = 0; i < end - begin; ++i) {
-          cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+          if (!codes.hold(b, begin + i)) {
+            cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+          }
         }
       });
     }
@@ -113,14 +121,26 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
       const int64_t xp = (t - begin) * cell.xp_size();
       stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
         const Workspace w = of(slot, b);
+        const bool restart = codes.restart(b, t);
+        if (restart) {
+          clear(p, part, w.h, p.pitch);
+        }
+        if (codes.hold(b, t)) {
+          if (keep) {
+            cell.keep_nothing(kept_of(slot, b, t), part);
+          }
+          return;
+        }
         if (!cell.projects()) {
           cell.take(xs, b, t, w.xp, part);
         }
-        cell.gates(w.xp + xp, w.h, zero, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
+        cell.gates(w.xp + xp, w.h, zero || restart, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
       });
       stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
         const Workspace w = of(slot, b);
-        cell.candidate(w.xp + xp, w.rh, zero, w.h, kept_of(slot, b, t), part, scratch_of(slot));
+        if (!codes.hold(b, t)) {
+          cell.candidate(w.xp + xp, w.rh, zero || codes.restart(b, t), w.h, kept_of(slot, b, t), part, scratch_of(slot));
+        }
         outs.template rows<Move::out>(b, t, p, part, w.h, p.pitch, true);
       });
     }
@@ -154,9 +174,11 @@ Tensor dense_state(const std::optional<Tensor>& h, const Tensor& x, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<Tensor>& h0,
                                            const std::optional<Tensor>& W_, const Tensor& U_, const Tensor& C_,
-                                           const std::optional<Tensor>& bias_, bool keep_gates) {
+                                           const std::optional<Tensor>& bias_, bool keep_gates,
+                                           const std::optional<Tensor>& codes_) {
   check(x, h0, W_, U_, C_);
   check_bias(bias_, x, W_);
+  const Codes codes("convrnn::gru_rcn", codes_, x);
   const Tensor U = dense(U_), C = dense(C_);
   const std::optional<Tensor> W = dense_or_none(W_), bias = dense_or_none(bias_);
   const Tensor out = empty(x, sequence_sizes(x, C.size(0)));
@@ -165,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
     dispatch_dtype("convrnn::gru_rcn", x, [&](auto zero) {
-      forward<decltype(zero)>(problem, x, h0.has_value(), W, U, C, bias, out, state, gates);
+      forward<decltype(zero)>(problem, x, h0.has_value(), W, U, C, bias, codes, out, state, gates);
     });
   }
   return {out, to_dtype(state, h0.has_value() ? h0->scalar_type() : x.scalar_type()), gates};
@@ -174,8 +196,10 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
     const std::optional<Tensor>& dout, const std::optional<Tensor>& dh_n, const Tensor& x,
     const std::optional<Tensor>& h0, const std::optional<Tensor>& W_, const Tensor& U_, const Tensor& C_, const Tensor& out,
-    const Tensor& gates, std::vector<bool> output_mask, const std::optional<Tensor>& bias) {
+    const Tensor& gates, std::vector<bool> output_mask, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& codes_) {
   check(x, h0, W_, U_, C_);
+  const Codes codes("convrnn::gru_rcn_backward", codes_, x);
   for (const auto& sequence : {dout, std::optional<Tensor>(out)}) {
     STD_TORCH_CHECK(!sequence.has_value() || (sequence->scalar_type() == x.scalar_type() &&
                                               shape(*sequence) == sequence_sizes(x, C_.size(0))),
@@ -203,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
     dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
-      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout},
+      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout, codes},
                                torch::stable::contiguous(gates), dh, gradients);
     });
   } else {

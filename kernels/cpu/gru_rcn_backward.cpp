@@ -78,6 +78,7 @@ class Backward {
         h0s_(sequence<A>(h0_, 1)),
         dhs_(dh, 1, false),
         has_dout_(operands.dout.has_value()),
+        codes_(operands.codes),
         kept_(recompute_ ? nullptr : const_cast<T*>(data<T>(gates))),  // not written: it is kept
         dh_(p.batch * plane()) {
     constexpr int64_t kChunk = 2 << 20;  // bytes of the frames of a chunk of steps
@@ -128,8 +129,13 @@ class Backward {
       std::vector<Step<T>> steps;
       for (int64_t b = 0; b < p_.batch; ++b) {
         for (int64_t t = first_; t < end; ++t) {
-          steps.push_back(step(b, t));
+          if (!codes_.hold(b, t)) {
+            steps.push_back(step(b, t));
+          }
         }
+      }
+      if (steps.empty()) {
+        continue;
       }
       accumulate<T>(targets_, steps);
       deal(static_cast<int64_t>(bias_sums_.size()) / kColumns, [&](int64_t, int64_t block) {
@@ -196,6 +202,9 @@ class Backward {
     for (int64_t t = first_; recompute_ && t < end; ++t) {
       const bool zero = t == 0 && !has_h0_;
       found.push_back([this, zero, t](int64_t slot, int64_t b, const Part& part) {
+        if (codes_.hold(b, t)) {
+          return;
+        }
         const Step<T> s = step(b, t);
         A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
         if (projects_) {
@@ -203,12 +212,14 @@ class Backward {
         } else {
           cell_->take(xs_, b, t, xp, part);
         }
-        cell_->gates(xp, s.h, zero, s.rh, s.kept, part, scratch(slot));
+        cell_->gates(xp, s.h, zero || codes_.restart(b, t), s.rh, s.kept, part, scratch(slot));
       });
       found.push_back([this, zero, t, end](int64_t slot, int64_t b, const Part& part) {
         const Step<T> s = step(b, t);
         const A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
-        cell_->candidate(xp, s.rh, zero, nullptr, s.kept, part, scratch(slot));
+        if (!codes_.hold(b, t)) {
+          cell_->candidate(xp, s.rh, zero || codes_.restart(b, t), nullptr, s.kept, part, scratch(slot));
+        }
         if (t == end - 1) {
           update(b, t, part);
         }
@@ -242,17 +253,18 @@ class Backward {
 
   // The frames of h_{t-1}, x and, where r is at hand, r.h.
   void load(int64_t b, int64_t t, const Part& part) {
+    if (codes_.hold(b, t)) {
+      return;
+    }
     const Step<T> s = step(b, t);
-    if (t > 0) {
+    if (codes_.restart(b, t)) {
+      clear(p_, part, s.h, p_.pitch);
+    } else if (t > 0) {
       outs_.template rows<Move::in>(b, t - 1, p_, part, s.h, p_.pitch, true);
     } else if (has_h0_) {
       h0s_.template rows<Move::in>(b, 0, p_, part, s.h, p_.pitch, true);
     } else {
-      each_row(part, [&](int64_t pixel, int64_t, int64_t) {
-        for (int64_t i = pixel; i < pixel + width_; ++i) {
-          std::fill_n(s.h + i * p_.pitch + part.channel_begin, part.channels(), A(0));
-        }
-      });
+      clear(p_, part, s.h, p_.pitch);
     }
     if (!recompute_) {
       each_row(part, [&](int64_t pixel, int64_t, int64_t kept) {
@@ -272,6 +284,9 @@ class Backward {
     if (has_dout_) {
       douts_.template rows<Move::add>(b, t, p_, part, dh(b), p_.pitch, false);
     }
+    if (codes_.hold(b, t)) {
+      return;  // dh is that of the state before
+    }
     each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
       A* da = s.da + pixel * 3 * p_.pitch + part.channel_begin;
       run<StepUpdateBackward<T>>(s.kept + kept, s.kept + 2 * (kept_size() / 3) + kept,
@@ -282,9 +297,12 @@ class Backward {
 
   // Through C to r.h: the gradient of r, and what reaches h_{t-1} by it.
   void reset(int64_t slot, int64_t b, int64_t t, const Part& part) {
+    if (codes_.hold(b, t)) {
+      return;
+    }
     const Step<T> s = step(b, t);
     A* drh = scratch(slot);
-    if (t == 0 && !has_h0_) {
+    if ((t == 0 && !has_h0_) || codes_.restart(b, t)) {
       std::fill_n(drh, plane_size_, A(0));  // r acted on a zero state
     } else {
       through_c_(s.da + 2 * p_.pitch, part, drh, 0, drh + plane_size_);
@@ -297,8 +315,17 @@ class Backward {
     });
   }
 
-  // Through U to h_{t-1}.
+  // Through U to h_{t-1}, unless the step forgot it.
   void carry(int64_t slot, int64_t b, int64_t t, const Part& part) {
+    if (codes_.restart(b, t)) {
+      for (int64_t pixel = part.row_begin * width_; pixel < part.row_end * width_; ++pixel) {
+        std::fill_n(dh(b) + pixel * p_.pitch + part.channel_begin, part.channels(), A(0));
+      }
+      return;
+    }
+    if (codes_.hold(b, t)) {
+      return;
+    }
     A* through = scratch(slot);
     through_u_(step(b, t).da, part, through, 0, through + plane_size_);
     run<Add<A>>(through + part.channel_begin, p_.pitch,
@@ -309,13 +336,20 @@ class Backward {
   // Through W to x.
   void inputs(int64_t slot, int64_t b, int64_t t, const Part& part) {
     A* through = scratch(slot);
-    (*through_w_)(step(b, t).da, part, through, 0, through + plane_size_);
+    if (codes_.hold(b, t)) {
+      std::fill_n(through, plane_size_, A(0));
+    } else {
+      (*through_w_)(step(b, t).da, part, through, 0, through + plane_size_);
+    }
     dxs_->template rows<Move::out>(b, t, p_, part, through - part.row_begin * width_ * x_pitch_, x_pitch_, false);
   }
 
   // To the projection given instead of x.
   void give(int64_t b, int64_t t, const Part& part) {
     for (int64_t gate = 0; gate < 3; ++gate) {
+      if (codes_.hold(b, t)) {
+        clear(p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch);
+      }
       dxs_->from(gate * p_.channels)
           .template rows<Move::out>(b, t, p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch, true);
     }
@@ -335,6 +369,7 @@ class Backward {
   Sequence<A> dhs_;
   std::optional<Sequence<T>> dxs_;
   bool has_dout_;
+  Codes codes_;
   T* kept_;
   std::vector<Target<T>> targets_;
   std::vector<double> bias_sums_;

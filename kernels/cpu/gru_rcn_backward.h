@@ -1,5 +1,6 @@
 #pragma once
 
+#include "codes.h"
 #include "sequence.h"
 
 namespace convrnn {
@@ -13,6 +14,7 @@ struct Operands {
   std::optional<Tensor> bias;
   Tensor out;
   std::optional<Tensor> dout;
+  Codes codes;
 };
 
 // The gradients that are wanted, allocated; of h0 only whether.

@@ -11,16 +11,14 @@
 #include <algorithm>
 
 #include "carry.h"
+#include "codes.h"
 #include "math.h"
 #include "tensor.h"
 
 namespace convrnn {
 namespace {
 
-// Bits of a code.
-constexpr uint8_t kRestart = 1;  // the state before this frame is forgotten: it begins from kStart
-constexpr uint8_t kHold = 2;     // the state, restarted or not, passes this frame as it is
-constexpr double kStart = 0.5;   // g(0)
+constexpr double kStart = 0.5;  // g(0), from which a restart begins
 
 // Lanes of one frame. Channels first, gates and hidden values are two runs of C*S lanes; channels last, each pixel has
 // a run of C gates and then C hidden values. Either way hidden = gate + run, and states are dense in lane order.
@@ -317,31 +315,25 @@ Shape sequence_sizes(const Tensor& gate_hidden) {
   return sizes;
 }
 
-void check(const Tensor& gate_hidden, const std::optional<Tensor>& h0, const std::optional<Tensor>& codes) {
+void check(const Tensor& gate_hidden, const std::optional<Tensor>& h0) {
   STD_TORCH_CHECK(gate_hidden.dim() >= 3 && gate_hidden.size(2) % 2 == 0,
                   "convrnn::mingru: expected gate_hidden of shape (B, T, 2*C, *S)");
   check_state("convrnn::mingru", h0);
   if (h0.has_value()) {
     STD_TORCH_CHECK(shape(*h0) == state_sizes(gate_hidden), "convrnn::mingru: expected h0 of shape (B, C, *S)");
   }
-  if (codes.has_value()) {
-    STD_TORCH_CHECK(codes->scalar_type() == ScalarType::Byte &&
-                        shape(*codes) == Shape({gate_hidden.size(0), gate_hidden.size(1)}),
-                    "convrnn::mingru: expected codes of shape (B, T) and dtype uint8");
-  }
 }
 
 std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional<Tensor>& h0,
                                   const std::optional<Tensor>& codes) {
-  check(gate_hidden, h0, codes);
+  check(gate_hidden, h0);
+  const Codes rows("convrnn::mingru", codes, gate_hidden);
   const bool channels_last = is_channels_last(gate_hidden, 2);
   const Tensor packed = to_layout(gate_hidden, 2, channels_last);
   const Shape sizes = shape(packed);
   const Frame frame(sizes, channels_last);
   const int64_t steps = sizes[1], lanes = frame.lanes;
   const LaneState first(h0, channels_last, kStart);
-  const std::optional<Tensor> rows = codes.has_value() ? dense(*codes) : codes;
-  const uint8_t* const code = rows.has_value() ? data<uint8_t>(*rows) : nullptr;
   Tensor h = empty(packed, sequence_sizes(packed), packed.scalar_type(), 2, channels_last);
   Tensor h_n = empty(packed, state_sizes(packed), h0.has_value() ? h0->scalar_type() : packed.scalar_type(), 1,
                      channels_last);
@@ -357,7 +349,7 @@ std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional
         [&](const Block& block, const C& carry) { first.read(block, carry.value); },
         [&](const Block& block, Chunk chunk, const C& carry, Pass pass, const C& began) {
           const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + chunk.begin * gate_step, gate_step,
-                          code == nullptr ? nullptr : code + block.b * steps + chunk.begin, 1);
+                          rows.row(block.b, chunk.begin), 1);
           run<Forward<T>>(w, out + (block.b * steps + chunk.begin) * lanes + block.lane, lanes, carry, pass, began);
         },
         [&](const Block& block, const C& carry) { write(h_n, block, carry.value); });
@@ -368,7 +360,8 @@ std::tuple<Tensor, Tensor> mingru(const Tensor& gate_hidden, const std::optional
 std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, const std::optional<Tensor>& dh_n,
                                            const Tensor& gate_hidden, const std::optional<Tensor>& h0,
                                            const Tensor& h, const std::optional<Tensor>& codes) {
-  check(gate_hidden, h0, codes);
+  check(gate_hidden, h0);
+  const Codes rows("convrnn::mingru", codes, gate_hidden);
   for (const auto& sequence : {dh, std::optional<Tensor>(h)}) {
     STD_TORCH_CHECK(!sequence.has_value() || (sequence->scalar_type() == gate_hidden.scalar_type() &&
                                               shape(*sequence) == sequence_sizes(gate_hidden)),
@@ -385,8 +378,6 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
   const Frame frame(sizes, channels_last);
   const int64_t steps = sizes[1], lanes = frame.lanes;
   const LaneState first(h0, channels_last, kStart), last(dh_n, channels_last, 0.);
-  const std::optional<Tensor> rows = codes.has_value() ? dense(*codes) : codes;
-  const uint8_t* const code = rows.has_value() ? data<uint8_t>(*rows) : nullptr;
   Tensor dpacked = empty(packed, sizes, packed.scalar_type(), 2, channels_last);
   Tensor dh0 = h0.has_value() ? empty(packed, state_sizes(packed), h0->scalar_type(), 1, channels_last)
                               : nothing(packed);
@@ -412,7 +403,7 @@ std::tuple<Tensor, Tensor> mingru_backward(const std::optional<Tensor>& dh, cons
           }
           const int64_t t = chunk.begin + chunk.steps - 1;
           const Walk<T> w(frame, block, chunk.steps, gate + block.b * gate_batch + t * gate_step, -gate_step,
-                          code == nullptr ? nullptr : code + block.b * steps + t, -1);
+                          rows.row(block.b, t), -1);
           const Gradients<T> d = {out + block.b * h_batch + (t - 1) * h_step + block.lane,
                                   chunk.begin == 0 ? start : nullptr,
                                   restart,

@@ -31,12 +31,14 @@ STABLE_TORCH_LIBRARY(convrnn, m) {
   // elements (keep_gates=False) they are computed again, for which the backward must be given the bias of the forward.
   // Without W, x is the projection (B, T, 3*Oh, *S) itself and there is no bias; the backward reads it only where gates has
   // no elements, and dW and dbias have none.
+  // `codes` as of mingru; a restart is from zeros. The backward reads no activations of a frame that is held.
   m.def(
-      "gru_rcn(Tensor x, Tensor? h0, Tensor? W, Tensor U, Tensor C, Tensor? bias=None, bool keep_gates=True)"
+      "gru_rcn(Tensor x, Tensor? h0, Tensor? W, Tensor U, Tensor C, Tensor? bias=None, bool keep_gates=True,"
+      " Tensor? codes=None)"
       " -> (Tensor out, Tensor h_n, Tensor gates)");
   m.def(
       "gru_rcn_backward(Tensor? dout, Tensor? dh_n, Tensor x, Tensor? h0, Tensor? W, Tensor U, Tensor C,"
-      " Tensor out, Tensor gates, bool[6] output_mask, Tensor? bias=None)"
+      " Tensor out, Tensor gates, bool[6] output_mask, Tensor? bias=None, Tensor? codes=None)"
       " -> (Tensor dx, Tensor dh0, Tensor dW, Tensor dU, Tensor dC, Tensor dbias)");
 
   m.def("cpu_isa() -> str");

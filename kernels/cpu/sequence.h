@@ -193,6 +193,17 @@ struct Sequence {
   }
 };
 
+// Zeros in the rows and channels of a part of a padded frame.
+template <class A>
+void clear(const Problem& p, const Part& part, A* frame, int64_t pitch) {
+  for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+    A* lanes = frame + p.frame.pixel(row) * pitch + part.channel_begin;
+    for (int64_t x = 0; x < p.frame.size.width; ++x, lanes += pitch) {
+      std::fill_n(lanes, part.channels(), A(0));
+    }
+  }
+}
+
 // Steps whose work in progress fills so many bytes at most, and one at least.
 inline int64_t chunk_of(int64_t bytes, int64_t step_bytes, int64_t steps) {
   return std::clamp<int64_t>(bytes / std::max<int64_t>(1, step_bytes), 1, std::max<int64_t>(1, steps));

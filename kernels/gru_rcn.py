@@ -228,10 +228,13 @@ def gru_rcn_bwd(
         grads += [torch.zeros_like(U), torch.zeros_like(C), x.new_zeros(3 * C.shape[0])]
     else:
         da = torch.empty_like(gates)
-        dh = _walk_back(None if dout is None else dout.contiguous(), dh, h0, U, C, out, gates, da, wanted[1])
+        dout = None if dout is None else dout.contiguous()
+        wants_r = any(wanted[:4]) or wanted[5]
+        dh = _walk_back(dout, dh, h0, U, C, out, gates, da, wants_h0=wanted[1], wants_r=wants_r)
+        dx = dW = dbias = None
         if W is None:
-            dx, dW, dbias = da, None, None
-        else:
+            dx = da
+        elif wanted[0] or wanted[2] or wanted[5]:
             dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
         grads = [dx, dh, dW, *_recurrent_weight_grads(da, h0, U, C, out, gates, wanted[3], wanted[4]), dbias]
     if wanted[1]:
@@ -250,10 +253,11 @@ def _walk_back(
     gates: Tensor,
     da: Tensor,
     wants_h0: bool,
+    wants_r: bool,
 ) -> Tensor:
     """Fill da (B, T, 3*Oh, *S), the gradients of the pre-activations, and return the gradient of h0 if it is wanted.
 
-    ``dh`` enters as the gradient of h_n and is overwritten.
+    ``dh`` enters as the gradient of h_n and is overwritten. Without ``wants_r``, da of the first step's r is not needed.
     """
     batch, steps, features, *space = out.shape
     dzr_frame = out.new_empty((batch, 2 * features, *space))
@@ -267,14 +271,14 @@ def _walk_back(
         h_prev = out[:, t - 1] if t > 0 else first
         dout_t = None if dout is None else dout[:, t]
         launch_step(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame)
-        if t == 0 and h0 is None:
+        if t == 0 and (h0 is None or not wants_r):
             dr.zero_()  # r acted on a zero state
             break
         drh = _conv(dc_frame, C, transposed=True)
         launch_step(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame)
         if t > 0 or wants_h0:
             conv = _conv(dzr_frame, U, transposed=True)
-    return dh if conv is None else dh.add_(conv)
+    return dh.add_(conv) if wants_h0 and conv is not None else dh
 
 
 def _recurrent_weight_grads(

@@ -28,13 +28,13 @@ class Features(torch.utils.data.Dataset):
             return self.rnn(x)[0][0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loader_workers(method):
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports PyTorch first
+def test_data_loader_workers(method, workers):
     """Also after the parent ran the kernels on its threads, whose pool a fork does not inherit."""
     data = Features()
     expected = torch.stack([data[i] for i in range(len(data))])
     loader = torch.utils.data.DataLoader(
-        data, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120, persistent_workers=False
+        data, batch_size=2, num_workers=workers, multiprocessing_context=method, timeout=120, persistent_workers=False
     )
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.compiled
 
 SMOKE = """
+import torch.utils.flop_counter  # before convrnn, which registers its formulas at once then
 import convrnn, convrnn.kernels, importlib.util, pathlib, sys, torch
 from convrnn.ops._library import LIBRARY
 assert importlib.util.find_spec("kernels") is None, "a top-level package named kernels is installed"
@@ -26,6 +27,9 @@ layer = convrnn.GRU_RCN(3, 4, 3)
 out, h_n = layer(torch.randn(2, 5, 3, 8, 8))
 out.sum().backward()
 assert out.shape == (2, 5, 4, 8, 8) and layer.W.grad.isfinite().all()
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    layer(torch.randn(2, 5, 3, 8, 8))
+assert counter.get_total_flops() > 0
 """
 
 

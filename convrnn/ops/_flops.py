@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import _library  # noqa: F401  the ops must be there
+
 _MODULE = "torch.utils.flop_counter"
 Shape = Sequence[int]
 

@@ -8,7 +8,7 @@ import convrnn
 import convrnn.onnx
 from convrnn.info import OPS
 
-from .modules import MODULES, SCRIPTABLE, WALKING, tensors
+from .modules import MODULES, WALKING, tensors
 from .samples import forward_samples
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,8 +37,9 @@ def export(module, inputs, shapes, path):
     model.save(str(path))
 
 
-# Every graph that differs: those of recompute without gradients and of ConvGRU's cells are GRU_RCN's, once or twice.
-EXPORTED = [name for name in SCRIPTABLE if name != "GRU_RCN-recompute"]
+# Every graph that differs: those of recompute without gradients and of ConvGRU's cells are GRU_RCN's, once or twice, and
+# those of minGRU's cells a layer of the others.
+EXPORTED = ["GRU_RCN", "MinGRU", "MinConv2dGRU", "Bidirectional-GRU_RCN", "Bidirectional-MinGRU"]
 EXPORTED += ["ConvGRU1d", "ConvGRU3d", "ConvGRU-walking", "SepConvGRUCell", "StackedGRU_RCN"]
 
 

@@ -10,7 +10,7 @@
 The result runs in any runtime that has ONNX's Scan; it needs neither this package nor PyTorch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     """A decomposition of every forward op into PyTorch operations and ``scan`` over time.
 
     To be given to ``torch.export.ExportedProgram.run_decompositions``: the operations of the model that are not ours
-    stay as they are, for the exporter to translate. Exported with gradients on, :func:`convrnn.gru_rcn` keeps its
+    stay as they are, for the exporter to translate, but for adaptive max pooling (:class:`convrnn.StackedGRU_RCN`
+    between maps of different sizes), which it cannot, and whose frames must have fixed sizes. Exported with gradients on, :func:`convrnn.gru_rcn` keeps its
     activations for a backward that a decomposed program does not have: export under ``torch.no_grad()``.
 
     Returns:
@@ -39,10 +40,11 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     Example:
         >>> import convrnn.onnx
         >>> len(convrnn.onnx.decomposition_table())
-        5
+        6
     """
     ops = torch.ops.convrnn
     return {
+        torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
         ops.mingru.default: _mingru,
         ops.log_scan.default: _log_scan,
         ops.gru_gates.default: reference.gru_gates,
@@ -98,6 +100,27 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """``padding="same"`` in sizes that ONNX's Conv takes, of even kernels too."""
     padding = [p for k in reversed(weight.shape[2:]) for p in ((k - 1) // 2, k // 2)]
     return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3](F.pad(x, padding), weight, bias)
+
+
+def _windows(size: int, count: int, device: torch.device) -> Tensor:
+    """The pixels (count, k) of each window of adaptive pooling, its last one repeated where it is a short one."""
+    i = torch.arange(count, device=device).unsqueeze(1)
+    first, end = i * size // count, ((i + 1) * size + count - 1) // count
+    longest = max(((j + 1) * size + count - 1) // count - j * size // count for j in range(count))
+    return torch.minimum(first + torch.arange(longest, device=device), end - 1)
+
+
+def _adaptive_max_pool2d(x: Tensor, output_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    if not all(isinstance(size, int) for size in (*x.shape[-2:], *output_size)):
+        return NotImplemented  # symbolic
+    height, width = x.shape[-2:]
+    rows, columns = (_windows(n, m, x.device) for n, m in zip((height, width), output_size, strict=True))
+    pooled = x.index_select(-2, rows.flatten()).unflatten(-2, rows.shape).amax(-2)
+    pooled = pooled.index_select(-1, columns.flatten()).unflatten(-1, columns.shape).amax(-1)
+    # where each maximum lies in its frame; dropped from the graph unless somebody asks
+    pixels = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(-2)
+    at = x.flatten(-2)[..., pixels].argmax(-1, keepdim=True)
+    return pooled, pixels.expand(*at.shape[:-1], -1).gather(-1, at).squeeze(-1)
 
 
 def _gru_rcn(

@@ -268,10 +268,12 @@ def gru_rcn_bwd(
     else:
         da = torch.empty_like(gates)
         dout = None if dout is None else dout.contiguous()
-        dh = _walk_back(dout, dh, h0, U, C, out, gates, da, wanted[1], codes)
+        wants_r = any(wanted[:4]) or wanted[5]
+        dh = _walk_back(dout, dh, h0, U, C, out, gates, da, codes, wants_h0=wanted[1], wants_r=wants_r)
+        dx = dW = dbias = None
         if W is None:
-            dx, dW, dbias = da, None, None
-        else:
+            dx = da
+        elif wanted[0] or wanted[2] or wanted[5]:
             if codes is not None and wanted[2]:
                 x = _zero_where(codes & HOLD.value, x)
             dx, dW, dbias = _conv_backward(da, x, W, [wanted[0], wanted[2], wanted[5]])
@@ -291,12 +293,13 @@ def _walk_back(
     out: Tensor,
     gates: Tensor,
     da: Tensor,
-    wants_h0: bool,
     codes: Tensor | None,
+    wants_h0: bool,
+    wants_r: bool,
 ) -> Tensor:
     """Fill da (B, T, 3*Oh, *S), the gradients of the pre-activations, and return the gradient of h0 if it is wanted.
 
-    ``dh`` enters as the gradient of h_n and is overwritten.
+    ``dh`` enters as the gradient of h_n and is overwritten. Without ``wants_r``, da of the first step's r is not needed.
     """
     batch, steps, features, *space = out.shape
     dzr_frame = out.new_empty((batch, 2 * features, *space))
@@ -314,14 +317,14 @@ def _walk_back(
         launch_step(
             *(gru_rcn_bwd_candidate_kernel, z, dh, conv, dout_t, z, c, h_prev, dz, dc, dz_frame, dc_frame), codes=code
         )
-        if t == 0 and h0 is None:
+        if t == 0 and (h0 is None or not wants_r):
             dr.zero_()  # r acted on a zero state
             break
         drh = _conv(dc_frame, C, transposed=True)
         launch_step(gru_rcn_bwd_reset_kernel, z, dh, drh, r, h_prev, dr, dr_frame, codes=code)
         if t > 0 or wants_h0:
             conv = _conv(dzr_frame, U, transposed=True)
-    return dh if conv is None else dh.add_(conv)
+    return dh.add_(conv) if wants_h0 and conv is not None else dh
 
 
 def _zero_where(flags: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Each op as a function of its tensors, small, in float64 and away from corners: what derivatives are checked on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,3 +100,15 @@ def loss(outputs: tuple[Tensor, ...]) -> Tensor:
         weight = torch.linspace(0.3, 1.7, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)
         total = total + (weight * (y + 0.3 * (i + 1) * y * y)).sum()
     return total
+
+
+def gradients_of(f: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """First gradients, and the gradients of a penalty on them."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(loss(f(*leaves)), leaves, create_graph=True)
+    return [*first, *torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)]
+
+
+def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -1,18 +1,15 @@
-"""Derivatives beyond the first in reverse mode, forward mode, and what is computed for whom; for every op."""
+"""Derivatives in reverse mode, beyond the first ones, and in forward mode; for every op."""
 
 import pytest
 import torch
-from torch import is_tensor
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import convrnn
 from convrnn.info import OPS
 
 from .conftest import INTERPRETED
 from .differentiable import CASES, loss
-from .samples import backward_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
@@ -25,20 +22,23 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def test_no_op_is_left_out():
+    assert {name.split("-")[0] for name in CASES} == {*OPS, "parallel_scan_log"}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name, device):
+    """Both modes, reverse mode also for a batch of upstream gradients at once (is_grads_batched)."""
+    inputs = leaves(CASES[name], device)
+    assert gradcheck(CASES[name].ours, inputs, check_forward_ad=True, check_batched_grad=True)
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name, device):
-    assert gradgradcheck(CASES[name].ours, leaves(CASES[name], device))
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("name", CASES)
-def test_forward_mode_gradcheck(name, device):
-    """Forward over nothing, and forward over reverse: the tangents of the op and of its backward."""
-    inputs = leaves(CASES[name], device)
-    over = {"check_fwd_over_rev": True, "check_rev_over_rev": False, "check_undefined_grad": False}
-    assert gradcheck(CASES[name].ours, inputs, check_forward_ad=True, check_backward_ad=False)
-    assert gradgradcheck(CASES[name].ours, inputs, **over)
+    """Reverse over reverse, and forward over reverse: the derivatives of the backward op."""
+    assert gradgradcheck(CASES[name].ours, leaves(CASES[name], device), check_fwd_over_rev=True)
 
 
 @pytest.mark.compiled
@@ -196,102 +196,6 @@ def test_empty(shape, device):
         assert torch.equal(tangents[1], h0)
 
 
-class Calls(TorchDispatchMode):
-    """Counts the calls of convrnn's ops, with their last list of flags."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "convrnn":
-            self.made.append((func.overloadpacket.__name__, next((list(a) for a in args if isinstance(a, list)), None)))
-        return func(*args, **(kwargs or {}))
-
-
-class Every(TorchDispatchMode):
-    """Counts all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.made += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("wanted", [[0], [1], [2, 3], [5], [0, 4]], ids=str)
-def test_only_gradients_that_are_wanted(wanted, device):
-    inputs = CASES["gru_rcn-h0-bias"].inputs(device)
-    for i in wanted:
-        inputs[i].requires_grad_()
-    with Calls() as calls:
-        out, h_n = convrnn.gru_rcn(*inputs)
-        (out.sum() + h_n.sum()).backward()
-    assert calls.made == [("gru_rcn", None), ("gru_rcn_backward", [i in wanted for i in range(6)])]
-    assert [x.grad is not None for x in inputs] == [i in wanted for i in range(6)]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_first_order_calls_two_ops_and_no_gradient_none(name, device):
-    """A backward is one op, whatever the second derivatives need, and frozen inputs call none.
-
-    Which of its gradients are wanted changes nothing: they come out of one pass, but for those of gru_rcn above.
-    """
-    case = CASES[name]
-    inputs = case.inputs(device)
-    with Calls() as calls:
-        case.ours(*inputs)
-    assert len(calls.made) == 1
-    together = [x.detach().requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(loss(case.ours(*together)), together)
-    for wanted in range(len(inputs)):
-        leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
-        with Calls() as calls:
-            loss(case.ours(*leaves)).backward()
-        assert len(calls.made) == 2
-        assert [x.grad is not None for x in leaves] == [i == wanted for i in range(len(inputs))]
-        close(leaves[wanted].grad, expected[wanted])
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("op", OPS)
-def test_second_derivatives_compute_what_is_wanted(op, device):
-    """A backward op differentiated for one of its inputs takes no operations of the others."""
-    backward, arguments = getattr(torch.ops.convrnn, f"{op}_backward"), backward_samples(op, device)[0]
-
-    def operations(wanted):
-        given = [a.detach().requires_grad_(i in wanted) if is_tensor(a) else a for i, a in enumerate(arguments)]
-        outputs = [y for y in backward(*given) if y.numel()]
-        with Every() as every:
-            torch.autograd.grad(
-                outputs, [given[i] for i in wanted], [torch.ones_like(y) for y in outputs], allow_unused=True
-            )
-        return every.made
-
-    variables = [i for i, a in enumerate(arguments) if is_tensor(a)]
-    alone = [operations([i]) for i in variables]
-    assert max(alone) <= operations(variables) and min(alone) < operations(variables)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("name", CASES)
-def test_double_backward_for_some_inputs(name, device):
-    """The gradient of one input, differentiated for another."""
-    case = CASES[name]
-    count = len(case.shapes)
-    for first, second in {(0, count - 1), (count - 1, 0), (0, 0)}:
-        found = []
-        for f in (case.ours, case.reference):
-            inputs = case.inputs(device)
-            inputs[first].requires_grad_()
-            inputs[second].requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(f(*inputs)), inputs[first], create_graph=True)
-            found.append(torch.autograd.grad(loss((gradient,)), inputs[second])[0])
-        close(*found)
-
-
 @pytest.mark.compiled
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="PyTorch: no double backward through a compiled graph")
 def test_double_backward_of_a_compiled_graph_is_pytorchs_limit(device):
@@ -299,3 +203,27 @@ def test_double_backward_of_a_compiled_graph_is_pytorchs_limit(device):
     y = torch.compile(torch.sin, backend="aot_eager")(x)
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     gradient.sum().backward()
+
+
+class Detaching(torch.autograd.Function):
+    """A tangent that is no function of its direction."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.detach()
+
+
+@pytest.mark.compiled
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="PyTorch: its older vmap has no rule for detach")
+def test_vectorised_forward_mode_of_autograd_functional_is_pytorchs_limit(device):
+    """torch.func.jacfwd, of another vmap, is what test_functorch.py tests."""
+    x = torch.randn(3, device=device)
+    torch.autograd.functional.jacobian(Detaching.apply, x, vectorize=True, strategy="forward-mode")

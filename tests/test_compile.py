@@ -130,29 +130,31 @@ def test_strided_convolutions_of_one_view(device):
 
 
 class Network(nn.Module):
-    """Convolutions and norms frame by frame around a recurrent layer, and a head on its last state."""
+    """Convolutions and norms frame by frame around recurrent layers, and a head on each frame."""
 
-    def __init__(self, rnn, device):
+    def __init__(self, device):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
-        self.rnn = rnn
+        self.gru = MODULES["GRU_RCN"].build()
+        self.bridge = nn.Sequential(nn.Conv2d(4, 2, 1), nn.GroupNorm(1, 2))
+        self.mingru = MODULES["MinConv2dGRUCell"].build()
         self.neck = nn.Sequential(nn.Conv2d(4, 5, 3, stride=2), nn.GroupNorm(1, 5), nn.GELU())
         self.head = nn.Linear(5, 7)
         self.to(device)
 
     def forward(self, x):
         frames = self.stem(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        out, _ = self.rnn(frames)
+        out, _ = self.gru(frames)
+        out, _ = self.mingru(self.bridge(out.flatten(0, 1)).unflatten(0, x.shape[:2]))
         features = self.neck(out.flatten(0, 1)).mean((-2, -1)).unflatten(0, x.shape[:2])
         return self.head(features)
 
 
-@pytest.mark.parametrize("name", ["GRU_RCN", "MinConv2dGRUCell"])
-def test_inside_a_larger_model(name, device):
-    network = Network(MODULES[name].build(), device).eval()  # batch norm's statistics would move between the two calls
+def test_inside_a_larger_model(device):
+    network = Network(device).eval()  # batch norm's statistics would move between the two calls
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(network, fullgraph=True, backend=counter)
-    for batch, steps in ((3, 5), (4, 6), (5, 9)):
+    for batch, steps in ((4, 5), (5, 6), (6, 9)):  # at least 16 frames, as above
         assert_same(compiled, network, torch.randn(batch, steps, 3, 12, 13, device=device), 1e-4)
     assert counter.frame_count <= 3
 
@@ -209,18 +211,48 @@ FUNCTIONS = {
 WEIGHTS = (9, 4, 3, 3), (6, 3, 3, 3), (3, 3, 3, 3)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_inside_generated_code(name, device):
-    """Fused with operations before and after, lengths that change."""
+def test_functions_are_one_graph(name, dynamic, device):
+    """In inference and in training, at two sizes."""
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((3, 5, 4, 7, 8), (5, 9, 4, 11, 6)):
+        x = torch.rand(shape, device=device)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), FUNCTIONS[name](x))
+        results = [(f(leaf), leaf) for f in (compiled, FUNCTIONS[name]) for leaf in [x.clone().requires_grad_()]]
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), leaf) for y, leaf in results))
+
+
+def test_functions_of_states(device):
+    """convrnn.state inside of a graph: a step that restarts, reorders, resizes and detaches what it carries."""
+    rnn = convrnn.ConvGRU(2, 4, 3, device=device)
+
+    def step(x, h, rows, order):
+        h = convrnn.state.reset(h, rows, rnn.init_hidden_state(x))
+        out, h = rnn.step(x, convrnn.state.reorder(h, order))
+        return out, convrnn.state.resize(convrnn.state.detach(h), 2, 0.0)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5):
+        x = torch.randn(batch, 2, 6, 7, device=device)
+        h = [torch.randn_like(state) for state in rnn.init_hidden_state(x)]
+        arguments = x, h, torch.arange(batch, device=device) % 2 == 0, torch.randperm(batch, device=device)
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
+def test_functions_inside_generated_code(device):
+    """All in one graph, fused with operations before, between and after, at sizes that change."""
     counter = CompileCounterWithBackend("inductor")
 
     def f(x):
-        return FUNCTIONS[name]((x * 2).tanh()).sigmoid().sum((-1, -2))
+        x = (x * 2).tanh()
+        return torch.cat([function(x).sigmoid().sum((-1, -2)).flatten() for function in FUNCTIONS.values()])
 
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
     for shape in ((3, 5, 4, 7, 8), (5, 9, 4, 11, 6)):
         x = torch.randn(shape, device=device, requires_grad=True)
         torch.testing.assert_close(compiled(x), f(x), rtol=1e-4, atol=1e-4)
-        (a,), (b,) = (torch.autograd.grad(g(x).square().sum(), x) for g in (compiled, f))
+        (a,), (b,) = (torch.autograd.grad(y(x).square().sum(), x) for y in (compiled, f))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1

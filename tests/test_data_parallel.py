@@ -25,17 +25,21 @@ WORLD = 2
 
 
 class Network(nn.Module):
-    """Both kinds of layers; ``spare`` is used only where it is asked for."""
+    """All kinds of layers; ``spare`` is used only where it is asked for."""
 
     def __init__(self):
         super().__init__()
         self.video = convrnn.GRU_RCN(2, 4, 3, bias=True)
-        self.conv = convrnn.MinConv2dGRU(4, [4, 6], 3, paddings=1, norm=True, residual=True)
+        self.levels = convrnn.StackedGRU_RCN([4, 4], [4, 4], 3)
+        self.walk = convrnn.ConvGRU(4, 4, 3, reset_after=True, cell_norm="layer", learn_h0=True, bidirectional=True)
+        self.conv = convrnn.MinConv2dGRU(8, [4, 6], 3, paddings=1, norm=True, residual=True)
         self.sequence = convrnn.Bidirectional(convrnn.MinGRU(6, 4))
         self.spare = convrnn.MinGRU(6, 4)
 
     def forward(self, x, spare=False):
-        out, _ = self.conv(self.video(x)[0])
+        frames = self.video(x)[0]
+        frames = self.levels([frames, frames[..., ::2, ::2]])[0][-1]
+        out, _ = self.conv(self.walk(frames)[0])
         features = out.mean((-2, -1))
         total = self.sequence(features)[0].square().mean((1, 2))
         return total + self.spare(features)[0].mean((1, 2)) if spare else total
@@ -86,7 +90,16 @@ def fsdp(rank, folder):
     x = batch()
     truth = alone(x, True)
     model = copy.deepcopy(truth)
-    for layer in (model.video, *model.conv.layers, model.sequence, model.spare, model):
+    parts = [
+        model.video,
+        *model.levels.levels,
+        model.levels,
+        model.walk,
+        *model.conv.layers,
+        model.sequence,
+        model.spare,
+    ]
+    for layer in (*parts, model):
         fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
     assert all(p.to_local().numel() < p.numel() for p in model.parameters() if p.shape[0] >= WORLD)
     for _ in range(2):
@@ -110,8 +123,13 @@ def fsdp(rank, folder):
     assert all(torch.equal(value, truth.state_dict()[key]) for key, value in whole.items())
 
 
-@pytest.mark.parametrize("test", [ddp, fsdp], ids=["ddp", "fsdp2"])
-def test_two_processes(test, tmp_path, device):
+def both(rank, folder):
+    ddp(rank, folder)
+    fsdp(rank, folder)
+
+
+def test_two_processes(tmp_path, device):
+    """One group for both: it takes longer to start than to run."""
     if device != "cpu" or sys.platform != "linux":
         pytest.skip("two processes of the CPU")
-    run_group(test, WORLD, tmp_path, str(tmp_path / "checkpoint"))
+    run_group(both, WORLD, tmp_path, str(tmp_path / "checkpoint"))

@@ -184,11 +184,48 @@ def test_ensembles_and_per_sample_gradients_of_modules(name, device):
         for key, gradient in zip(parameters, gradients, strict=True):
             close(per_sample[key][i], gradient)
 
-    # forward mode through a module, against reverse mode
+    # forward mode through a module and its parameters, against reverse mode, in one direction and in all of one weight
+    directions = {key: torch.randn_like(value) for key, value in parameters.items()}, torch.randn_like(x)
+    _, tangent = jvp(run, (parameters, x), directions)
+    by_weight, by_x = grad(lambda p, x: run(p, x).sum(), (0, 1))(parameters, x)
+    expected = sum((by_weight[key] * direction).sum() for key, direction in directions[0].items())
+    close(tangent.sum(), expected + (by_x * directions[1]).sum())
+    smallest = min(parameters, key=lambda key: parameters[key].numel())
+    by_smallest = jacfwd(lambda p: run(parameters | {smallest: p}, x).sum())(parameters[smallest])
+    close(by_smallest, by_weight[smallest])
+
+
+MASKED = ["MinGRU", "MinConv2dGRU", "Bidirectional-MinGRU", "ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRU-walking"]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", MASKED)
+def test_lengths_and_resets_of_modules(name, device):
+    """Mapped with their rows, and shared by all that is mapped; per-sample gradients and tangents beside them."""
+    module, x = MODULES[name].make(device, dtype=torch.float64)
+    x = x.double()
+    steps = x.shape[1]
+    lengths = torch.tensor([steps, 1, 0], device=device)
+    reset = torch.rand(x.shape[:2], device=device) < 0.5
+    masks = {"lengths": lengths, "reset": reset}
+    parameters = {key: value.detach() for key, value in module.named_parameters()}
+
+    def run(p, x, lengths, reset):
+        return functional_call(module, p, (x[None],), {"lengths": lengths[None], "reset": reset[None]})[0][0]
+
+    close(vmap(run, (None, 0, 0, 0))(parameters, x, lengths, reset), module(x, **masks)[0].detach())
+    several = torch.stack((x, 2 * x))
+    expected = torch.stack([module(y, **masks)[0] for y in several]).detach()
+    close(vmap(lambda y: module(y, **masks)[0])(several), expected)
+
+    per_sample = vmap(grad(lambda *args: run(*args).square().sum()), (None, 0, 0, 0))(parameters, x, lengths, reset)
+    whole = torch.autograd.grad(module(x, **masks)[0].square().sum(), list(module.parameters()))
+    for gradient, total in zip(per_sample.values(), whole, strict=True):
+        close(gradient.sum(0), total)
+
     direction = torch.randn_like(x)
-    _, tangent = jvp(lambda x: run(parameters, x), (x,), (direction,))
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(run(parameters, leaf).sum(), leaf)
+    _, tangent = jvp(lambda x: module(x, **masks)[0], (x,), (direction,))
+    gradient = grad(lambda x: module(x, **masks)[0].sum())(x)
     close(tangent.sum(), (gradient * direction).sum())
 
 
@@ -227,7 +264,7 @@ def test_compiled_transforms(name, device):
     def tangent(*inputs):
         return jvp(lambda *inputs: case.ours(*inputs), inputs, tuple(directions))[1]
 
-    for f in (gradient, per_sample, tangent):
+    for f in (per_sample, tangent):  # gradient is what per_sample maps
         torch._dynamo.reset()
         for a, b in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs), f(*inputs), strict=True):
             close(a, b)

@@ -1,6 +1,7 @@
 """What is installed: the wheel in an environment of its own, outside the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 
 import convrnn
+from convrnn.ops._library import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.compiled
 
 SMOKE = """
+import torch.utils.flop_counter  # before convrnn, which registers its formulas at once then
 import convrnn, convrnn.kernels, importlib.util, pathlib, sys, torch
 from convrnn.ops._library import LIBRARY
 assert importlib.util.find_spec("kernels") is None, "a top-level package named kernels is installed"
@@ -26,6 +29,9 @@ layer = convrnn.GRU_RCN(3, 4, 3)
 out, h_n = layer(torch.randn(2, 5, 3, 8, 8))
 out.sum().backward()
 assert out.shape == (2, 5, 4, 8, 8) and layer.W.grad.isfinite().all()
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    layer(torch.randn(2, 5, 3, 8, 8))
+assert counter.get_total_flops() > 0
 """
 
 
@@ -47,11 +53,30 @@ def source(tmp_path_factory) -> Path:
     return target
 
 
+# A compiler that gives what the checkout's build made of the same sources, in place of a minute's work.
+COMPILER = """#!/bin/sh
+for argument; do
+  case "$previous:$argument" in
+    -o:*.o) exec touch "$argument" ;;
+    -o:*.so) exec cp {library} "$argument" ;;
+  esac
+  previous=$argument
+done
+exec {real} "$@"
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+    """From the copy of the sources, but for its library, whose compilation `make setup` is."""
+    out, tools = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("tools")
+    real = shutil.which("c++")
+    for name in ("c++", "g++", "cc", "gcc"):
+        (tools / name).write_text(COMPILER.format(library=LIBRARY, real=real))
+        (tools / name).chmod(0o755)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "--wheel-dir", str(out), ".", cwd=source)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    run(*pip, "--wheel-dir", str(out), ".", cwd=source, env=env)
     (built,) = out.glob("*.whl")
     return built
 
@@ -66,6 +91,15 @@ def test_wheel_contents(wheel):
     assert {f"convrnn/kernels/{name}" for name in kernels} <= set(names)
     assert "convrnn/py.typed" in names and "convrnn/_C.abi3.so" in names
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
+
+
+def test_no_header_is_left_out(source):
+    """Of the files that a clone has: what the fixture above does not compile."""
+    folder = source / "kernels" / "cpu"
+    included = {
+        name for path in folder.iterdir() for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    }
+    assert included and all((folder / name).is_file() for name in included), included
 
 
 @pytest.mark.slow
@@ -86,8 +120,6 @@ def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
 
 def test_the_library_uses_the_stable_abi_alone():
     """No symbol of LibTorch's unstable C++ ABI and none of CPython: that is what makes one wheel serve them all."""
-    from convrnn.ops._library import LIBRARY
-
     undefined = run("nm", "-D", "--undefined-only", "--demangle", str(LIBRARY))
     foreign = [line for line in undefined.splitlines() if any(s in line for s in (" c10::", " at::", " _Py", " Py"))]
     assert not foreign, foreign

@@ -1,4 +1,4 @@
-"""Modules among processes and tools: DataLoader workers, shared memory, default devices, the profiler, wanted gradients."""
+"""Modules among processes and tools: DataLoader workers, shared memory, default devices, the profiler."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import convrnn
 
+from . import differentiable
+from .differentiable import CASES
 from .modules import MODULES, loss
-from .test_checkpointing import Runs
 
 pytestmark = pytest.mark.compiled
 
@@ -27,13 +28,13 @@ class Features(torch.utils.data.Dataset):
             return self.rnn(x)[0][0]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loader_workers(method):
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports PyTorch first
+def test_data_loader_workers(method, workers):
     """Also after the parent ran the kernels on its threads, whose pool a fork does not inherit."""
     data = Features()
     expected = torch.stack([data[i] for i in range(len(data))])
     loader = torch.utils.data.DataLoader(
-        data, batch_size=2, num_workers=2, multiprocessing_context=method, timeout=120, persistent_workers=False
+        data, batch_size=2, num_workers=workers, multiprocessing_context=method, timeout=120, persistent_workers=False
     )
     torch.testing.assert_close(torch.cat(list(loader)), expected)
 
@@ -107,40 +108,14 @@ def test_default_dtype(name, defaults):
     assert all(p.grad.dtype == torch.float64 for p in moved.parameters())
 
 
-@pytest.mark.parametrize(("name", "op"), [("GRU_RCN", "gru_rcn"), ("MinGRU", "mingru"), ("MinConv2dGRU", "mingru")])
-def test_the_profiler_names_our_ops(name, op):
-    module, x = MODULES[name].make()
+@pytest.mark.parametrize("name", ["mingru-h0", "log_scan", "gru_gates", "gru_update", "gru_rcn-h0-bias"])
+def test_the_profiler_names_our_ops(name):
+    leaves = [x.requires_grad_() for x in CASES[name].inputs("cpu")]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        loss(module(x)).backward()
-    events = {event.key: event for event in profiled.key_averages()}
-    layers = 2 if op == "mingru" else 1
-    assert events[f"convrnn::{op}"].count >= layers and events[f"convrnn::{op}_backward"].count >= layers
+        total = differentiable.loss(CASES[name].ours(*leaves))
+        total.backward()
+    events = {event.key: event for event in profiled.key_averages(group_by_input_shape=True)}
+    op = name.split("-")[0]
+    assert events[f"convrnn::{op}"].count == events[f"convrnn::{op}_backward"].count == 1
+    assert list(leaves[0].shape) in events[f"convrnn::{op}"].input_shapes
     assert f"convrnn_{op}Backward" in events
-
-
-@pytest.mark.parametrize("wanted", range(6))
-def test_gradients_that_are_not_wanted_are_not_computed(wanted):
-    """gru_rcn_backward leaves what needs no gradient empty."""
-    shapes = (2, 3, 2, 4, 5), (2, 3, 4, 5), (9, 2, 3, 3), (6, 3, 3, 3), (3, 3, 3, 3), (9,)
-    inputs = [torch.randn(shape).requires_grad_(i == wanted) for i, shape in enumerate(shapes)]
-    found = []
-
-    class Watch(Runs):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if func is self.op:
-                found.append([y.numel() for y in result])
-            return result
-
-    with Watch(torch.ops.convrnn.gru_rcn_backward.default):
-        convrnn.gru_rcn(*inputs)[0].sum().backward()
-    assert found == [[inputs[i].numel() if i == wanted else 0 for i in range(6)]]
-
-
-def test_no_backward_where_nothing_is_wanted():
-    with Runs(torch.ops.convrnn.mingru_backward.default) as counted:
-        h, _ = convrnn.mingru(torch.randn(2, 3, 4), torch.randn(2, 2))
-        assert not h.requires_grad
-        h, _ = convrnn.mingru(torch.randn(2, 3, 4), torch.randn(2, 2, requires_grad=True))
-        h.detach()
-    assert counted.runs == 0

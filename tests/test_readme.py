@@ -29,3 +29,11 @@ def test_make_targets_exist():
     named = set(re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text()))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert named and named <= targets, named - targets
+
+
+def test_each_row_of_the_compatibility_table_has_its_test():
+    """A file of tests, which test_linked_files_exist looks for, or a target of make, for which the test above does."""
+    section = (ROOT / "README.md").read_text().split("\n## Inside PyTorch\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|(.+)\|$", section, flags=re.MULTILINE)[2:]
+    backed = [re.findall(r"\(tests/test_\w+\.py\)|`make test-\w+`", row.split("|")[-1]) for row in rows]
+    assert len(rows) >= 10 and all(backed), rows

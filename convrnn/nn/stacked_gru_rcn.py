@@ -15,6 +15,16 @@ from ._masks import blank, read_masks
 __all__ = ["StackedGRU_RCN"]
 
 
+class _Weights(nn.ParameterList):
+    """Parameters that are read by a call, for tools that compute a weight before its module runs, like pruning."""
+
+    def __call__(self) -> list[Tensor]:
+        return nn.Module.__call__(self)
+
+    def forward(self) -> list[Tensor]:
+        return list(self)
+
+
 class StackedGRU_RCN(nn.Module):
     """z = s(W_z*x + V_z*g + U_z*h), r = s(W_r*x + V_r*g + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c a level.
 
@@ -74,7 +84,7 @@ class StackedGRU_RCN(nn.Module):
             GRULayer(size_in, size, self.convolution, self.convolution, bias=as_bool("bias", bias), **factory)
             for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
         )
-        self.bottom_up = nn.ParameterList(
+        self.bottom_up = _Weights(
             torch.empty(2 * size, below, *self.convolution.kernel, **factory)
             for below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
         )
@@ -130,13 +140,14 @@ class StackedGRU_RCN(nn.Module):
             maps = [blank(x, live) for x in maps]
         outs: list[Tensor] = []
         states: list[Tensor] = []
+        bottom_up = self.bottom_up()
         for i, (x, level) in enumerate(zip(maps, self.levels, strict=True)):
             below: Tensor | None = None
             if i > 0:
                 frames, size = outs[-1].flatten(0, 1), x.shape[3:]
                 if frames.shape[2:] != size:
                     frames = F.adaptive_max_pool2d(frames, size)
-                below = self.convolution(frames, self.bottom_up[i - 1]).unflatten(0, x.shape[:2])
+                below = self.convolution(frames, bottom_up[i - 1]).unflatten(0, x.shape[:2])
             if h is not None:
                 check_shape(f"h[{i}]", h[i], [x.shape[0], self.nb_kernels[i], *x.shape[3:]])
             out, state = level(x, None if h is None else h[i], live, reset, below)

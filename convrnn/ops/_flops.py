@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import _library  # noqa: F401  the ops must be there
+
 _MODULE = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
@@ -43,8 +45,9 @@ def _backward(
     w, u, c = _convolutions(x, (W, U, C))
     steps = x[1]
     recurrent = steps if h0 is not None else max(steps - 1, 0)  # a zero state is not convolved
-    wants_h0 = h0 is not None and output_mask[1]
-    flops = recurrent * c + (steps if wants_h0 else max(steps - 1, 0)) * u  # through the state
+    earlier = max(steps - 1, 0)  # through the state; the first step's gradients of r and h0 where somebody wants them
+    flops = (recurrent if any(output_mask[i] for i in (0, 1, 2, 3, 5)) else earlier) * c
+    flops += (steps if h0 is not None and output_mask[1] else earlier) * u
     flops += steps * w * (output_mask[0] + output_mask[2]) + recurrent * (u * output_mask[3] + c * output_mask[4])
     if math.prod(gates) == 0:
         flops += _forward(x, h0, W, U, C)

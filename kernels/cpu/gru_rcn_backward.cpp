@@ -163,6 +163,11 @@ class Backward {
   int64_t kept_size() const {
     return 3 * p_.pixels() * p_.channels;
   }
+  // Whether any gradient but that of C is wanted: those need the first step's gradient of r.
+  bool wants_r() const {
+    return wanted_.dx.has_value() || wanted_.dh0 || wanted_.dW.has_value() || wanted_.dU.has_value() ||
+           wanted_.dbias.has_value();
+  }
   A* dh(int64_t b) {
     return dh_.data() + b * plane();
   }
@@ -302,7 +307,7 @@ class Backward {
     }
     const Step<T> s = step(b, t);
     A* drh = scratch(slot);
-    if ((t == 0 && !has_h0_) || codes_.restart(b, t)) {
+    if ((t == 0 && !(has_h0_ && wants_r())) || codes_.restart(b, t)) {
       std::fill_n(drh, plane_size_, A(0));  // r acted on a zero state
     } else {
       through_c_(s.da + 2 * p_.pitch, part, drh, 0, drh + plane_size_);

@@ -373,5 +373,3 @@ def test_bad_calls_of_one_layer():
         levels(maps, reset=FLAGS.T)
     with pytest.raises(TypeError, match="lengths must be an integer Tensor, got torch.float32"):
         GRU_RCN(SIZE, 3, 3)(frames, lengths=torch.ones(B))
-    with pytest.raises(TypeError, match="x must be a Tensor over a layer with batch_first=False, got a PackedSequence"):
-        Bidirectional(GRU_RCN(SIZE, 3, 3, batch_first=False))(pack_sequence([frames[0]]))

@@ -88,8 +88,6 @@ class Bidirectional(nn.Module):
             ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            if self.time_dim == 0:
-                raise TypeError("x must be a Tensor over a layer with batch_first=False, got a PackedSequence")
             return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
         check_states(h, 2 * self.num_states)
         frame = isinstance(x, Tensor) and x.dim() == self.frame_dims

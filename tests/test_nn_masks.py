@@ -71,8 +71,10 @@ CASES = {
     "both": lambda **kw: Bidirectional(CASES["layers"](**kw), CASES["layers"](**kw)),
     "both_conv_shared": lambda **kw: Bidirectional(CASES["conv_cell"](**kw)),
 }
-each_case = pytest.mark.parametrize("case", CASES)
-each_way_on = pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("both")])
+ONCE = ("rcn_levels", "conv_sep", "both_rcn", "both_conv_gru")  # their kernels are those of "rcn"
+MARKED = [pytest.param(case, marks=pytest.mark.compiled if case in ONCE else ()) for case in CASES]
+each_case = pytest.mark.parametrize("case", MARKED)
+each_way_on = pytest.mark.parametrize("case", [case for case in MARKED if not case.values[0].startswith("both")])
 
 
 def build(case, device):
@@ -181,7 +183,7 @@ def test_whole_chunks_and_frames_agree(case, device):
     assert not out[1].any() and torch.equal(state[0][1], h[0][1])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("both")])
+@pytest.mark.parametrize("case", [case for case in MARKED if case.values[0].startswith("both")])
 def test_one_frame_in_both_directions(case, device):
     rnn, x, h = build(case, device)
     row = torch.tensor([True, False, True], device=device)
@@ -258,6 +260,7 @@ TIME_FIRST = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("case", TIME_FIRST)
 def test_time_first(case, device):
     """With (T, B) in x, reset and out, as with (B, T)."""

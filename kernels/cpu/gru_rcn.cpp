@@ -7,8 +7,8 @@
 // activations z, r, c, or with `keep_gates` off x and h alone, from which the activations are computed again. Without W, x is
 // what the input convolution would give, read step by step; then it is not saved where the activations are.
 //
-// Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache;
-// else they share every stage's rows and channels. Neither changes a bit of the result.
+// Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache, and of
+// small frames some together; else they share every stage's rows and channels. Neither changes a bit of the result.
 // Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
 
 #include "gru_cell.h"
@@ -64,69 +64,84 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
   const bool keep = gates.numel() > 0;
   T* const kept = keep ? mutable_data<T>(gates) : nullptr;
 
-  constexpr int64_t kProjected = 1 << 20;  // bytes: stay in the second-level cache, or nearly
+  constexpr int64_t kProjected = 512 << 10;  // bytes: stay in the second-level cache
   const int64_t x_size = cell.projects() ? p.frame.pixels() * p.inputs : 0, h_size = p.frame.pixels() * p.pitch;
-  const int64_t chunk = cell.projects() ? chunk_of(kProjected, (cell.xp_size() + x_size) * sizeof(A), p.steps) : 1;
+  const int64_t chunk =
+      cell.projects() ? chunk_of(kProjected, schedule.together() * (cell.xp_size() + x_size) * sizeof(A), p.steps) : 1;
   const int64_t workspace = padded(chunk * (x_size + cell.xp_size()) + 2 * h_size);
   Buffer<A> work(schedule.workspaces() * workspace), scratch(slots() * padded(cell.scratch_size(schedule)));
   Buffer<T> unkept(keep ? 0 : schedule.workspaces() * cell.kept_size());
   struct Workspace {
     A *h, *rh, *x, *xp;
   };
-  const auto of = [&](int64_t slot, int64_t b) {
-    A* h = work.data() + schedule.workspace(slot, b) * workspace;
+  const auto of = [&](int64_t slot, const Samples& samples, int64_t i) {
+    A* h = work.data() + (schedule.workspace(slot, samples) + i) * workspace;
     return Workspace{h, h + h_size, h + 2 * h_size, h + 2 * h_size + chunk * x_size};
   };
   const auto scratch_of = [&](int64_t slot) { return scratch.data() + slot * padded(cell.scratch_size(schedule)); };
-  const auto kept_of = [&](int64_t slot, int64_t b, int64_t t) {
-    return keep ? kept + (b * p.steps + t) * cell.kept_size()
-                : unkept.data() + schedule.workspace(slot, b) * cell.kept_size();
+  const auto kept_of = [&](int64_t slot, const Samples& samples, int64_t i, int64_t t) {
+    return keep ? kept + ((samples.begin + i) * p.steps + t) * cell.kept_size()
+                : unkept.data() + (schedule.workspace(slot, samples) + i) * cell.kept_size();
   };
   for (int64_t i = 0; i < schedule.workspaces(); ++i) {  // the zeros around the frames
     std::fill_n(work.data() + i * workspace, 2 * h_size + chunk * x_size, A(0));
   }
 
   std::vector<Stage> stages;
-  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
-    states.template rows<Move::in>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      states.template rows<Move::in>(samples.begin + i, 0, p, part, of(slot, samples, i).h, p.pitch, true);
+    }
   });
   for (int64_t begin = 0; begin < p.steps; begin += chunk) {
     const int64_t end = std::min(p.steps, begin + chunk);
     if (cell.projects()) {
-      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-        if (part.channel_begin == 0) {
-          const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
+      stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
+        const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
+        for (int64_t i = 0; part.channel_begin == 0 && i < samples.count; ++i) {
           for (int64_t t = begin; t < end; ++t) {
-            xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+            A* x = of(slot, samples, i).x + (t - begin) * x_size;
+            xs.template rows<Move::in>(samples.begin + i, t, p, inputs, x, p.inputs, true);
           }
         }
       });
-      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        for (int64_t i = 0; i < end - begin; ++i) {
-          cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+      stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
+        const Workspace w = of(slot, samples, 0);
+        for (int64_t t = 0; t < end - begin; ++t) {
+          cell.project(w.x + t * x_size, w.xp + t * cell.xp_size(), {samples.count, workspace, workspace}, part,
+                       scratch_of(slot));
         }
       });
     }
     for (int64_t t = begin; t < end; ++t) {
       const bool zero = t == 0 && !has_h0;
       const int64_t xp = (t - begin) * cell.xp_size();
-      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        if (!cell.projects()) {
-          cell.take(xs, b, t, w.xp, part);
+      stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
+        A* scratch = scratch_of(slot);
+        cell.convolve_h(of(slot, samples, 0).h, samples.count, workspace, zero, part, scratch);
+        for (int64_t i = 0; i < samples.count; ++i) {
+          const Workspace w = of(slot, samples, i);
+          if (!cell.projects()) {
+            cell.take(xs, samples.begin + i, t, w.xp, part);
+          }
+          cell.gates(w.xp + xp, cell.planes(scratch, i, part), w.h, w.rh, kept_of(slot, samples, i, t), part);
         }
-        cell.gates(w.xp + xp, w.h, zero, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
       });
-      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        cell.candidate(w.xp + xp, w.rh, zero, w.h, kept_of(slot, b, t), part, scratch_of(slot));
-        outs.template rows<Move::out>(b, t, p, part, w.h, p.pitch, true);
+      stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
+        A* scratch = scratch_of(slot);
+        cell.convolve_rh(of(slot, samples, 0).rh, samples.count, workspace, zero, part, scratch);
+        for (int64_t i = 0; i < samples.count; ++i) {
+          const Workspace w = of(slot, samples, i);
+          cell.candidate(w.xp + xp, cell.planes(scratch, i, part), w.h, kept_of(slot, samples, i, t), part);
+          outs.template rows<Move::out>(samples.begin + i, t, p, part, w.h, p.pitch, true);
+        }
       });
     }
   }
-  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
-    states.template rows<Move::out>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      states.template rows<Move::out>(samples.begin + i, 0, p, part, of(slot, samples, i).h, p.pitch, true);
+    }
   });
   schedule.run(stages);
 }

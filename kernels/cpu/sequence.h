@@ -7,6 +7,7 @@
 #include "convolution.h"
 #include "gru_steps.h"
 #include "tensor.h"
+#include "winograd.h"
 
 namespace convrnn {
 
@@ -99,8 +100,16 @@ void deal(int64_t count, F f) {
   });
 }
 
-// A stage of the work on one sample; stages of a sample follow one another, parts of a stage are independent.
-using Stage = std::function<void(int64_t slot, int64_t sample, const Part& part)>;
+// Neighbours in the batch.
+struct Samples {
+  int64_t begin, count;
+  int64_t end() const {
+    return begin + count;
+  }
+};
+
+// A stage of the work on some samples; stages of a sample follow one another, parts of a stage are independent.
+using Stage = std::function<void(int64_t slot, const Samples& samples, const Part& part)>;
 
 class Schedule {
  public:
@@ -122,38 +131,52 @@ class Schedule {
         parts_.push_back({row, std::min(rows, row + height), channel, std::min(p.channels, channel + width)});
       }
     }
+    if (whole_samples_ && parts_.size() == 1) {
+      // Half of the tiles that are transformed at a time: with all of them the state would leave the second-level cache.
+      const int64_t tiles = (rows + tile - 1) / tile * across;
+      together_ = std::clamp<int64_t>(winograd::most_tiles(tile) / 2 / tiles, 1, batch_ / threads);
+    }
   }
 
   int64_t most_rows() const {
     return parts_.front().row_end;
   }
-  // Workspaces for samples under way, and the one that a sample uses.
-  int64_t workspaces() const {
-    return whole_samples_ ? slots() : batch_;
+  // The most samples that a stage is given at once.
+  int64_t together() const {
+    return together_;
   }
-  int64_t workspace(int64_t slot, int64_t sample) const {
-    return whole_samples_ ? slot : sample;
+  // Workspaces for samples under way, and that of the first of those that a stage is given; the others' follow.
+  int64_t workspaces() const {
+    return whole_samples_ ? slots() * together_ : batch_;
+  }
+  int64_t workspace(int64_t slot, const Samples& samples) const {
+    return whole_samples_ ? slot * together_ : samples.begin;
   }
 
   void run(const std::vector<Stage>& stages) const {
     if (whole_samples_) {
-      return spread(batch_, [&](int64_t slot, int64_t sample) {
+      const int64_t each = (batch_ + slots() - 1) / slots();  // samples of a thread
+      const int64_t groups = std::min(batch_, (each + together_ - 1) / together_ * slots());
+      return spread(groups, [&](int64_t slot, int64_t group) {
+        const int64_t begin = group * batch_ / groups;
+        const Samples samples{begin, (group + 1) * batch_ / groups - begin};
         for (const Stage& stage : stages) {
           for (const Part& part : parts_) {
-            stage(slot, sample, part);
+            stage(slot, samples, part);
           }
         }
       });
     }
     const auto count = static_cast<int64_t>(parts_.size());
     for (const Stage& stage : stages) {
-      spread(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, i / count, parts_[i % count]); });
+      spread(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, {i / count, 1}, parts_[i % count]); });
     }
   }
 
  private:
   int64_t batch_;
   bool whole_samples_;
+  int64_t together_ = 1;
   std::vector<Part> parts_;
 };
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "transpose.h"
 #include "winograd.h"
 
 namespace convrnn {
@@ -111,10 +112,11 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
         std::fill(w.begin(), w.end(), A(0));
         if (channel < shape.in.count) {
           const T* from = weights.data + first * weights.n + (gate * shape.in.count + channel) * weights.k;
-          for (int64_t n = 0; n < count; ++n) {
-            for (int64_t tap = 0; tap < taps; ++tap) {
-              w[tap * width + n] = static_cast<A>(from[n * weights.n + tap * weights.tap]);
-            }
+          const int64_t last = taps - 1;
+          if (weights.tap > 0) {
+            run<Transpose<T, Move::in>>(from, int64_t{1}, weights.n, w.data(), taps, count, width);
+          } else {  // taps in reverse
+            run<Transpose<T, Move::in>>(from - last, int64_t{1}, weights.n, w.data() + last * width, taps, count, -width);
           }
         }
         if (tile_ == 2) {

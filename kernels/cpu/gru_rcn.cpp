@@ -74,39 +74,44 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
   struct Workspace {
     A *h, *rh, *x, *xp;
   };
-  const auto of = [&](int64_t slot, const Samples& samples, int64_t i) {
-    A* h = work.data() + (schedule.workspace(slot, samples) + i) * workspace;
+  const auto of = [&](int64_t i) {
+    A* h = work.data() + i * workspace;
     return Workspace{h, h + h_size, h + 2 * h_size, h + 2 * h_size + chunk * x_size};
   };
+  const auto first = [&](int64_t slot, const Samples& samples) { return schedule.workspace(slot, samples); };
   const auto scratch_of = [&](int64_t slot) { return scratch.data() + slot * padded(cell.scratch_size(schedule)); };
   const auto kept_of = [&](int64_t slot, const Samples& samples, int64_t i, int64_t t) {
     return keep ? kept + ((samples.begin + i) * p.steps + t) * cell.kept_size()
-                : unkept.data() + (schedule.workspace(slot, samples) + i) * cell.kept_size();
+                : unkept.data() + (first(slot, samples) + i) * cell.kept_size();
   };
-  for (int64_t i = 0; i < schedule.workspaces(); ++i) {  // the zeros around the frames
-    std::fill_n(work.data() + i * workspace, 2 * h_size + chunk * x_size, A(0));
+  for (int64_t i = 0; i < schedule.workspaces(); ++i) {
+    const Workspace w = of(i);
+    clear(p.frame, p.channels, p.pitch, w.h);
+    clear(p.frame, p.channels, p.pitch, w.rh);
+    for (int64_t t = 0; cell.projects() && t < chunk; ++t) {
+      clear(p.frame, p.inputs, p.inputs, w.x + t * x_size);
+    }
   }
 
   std::vector<Stage> stages;
   stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
     for (int64_t i = 0; i < samples.count; ++i) {
-      states.template rows<Move::in>(samples.begin + i, 0, p, part, of(slot, samples, i).h, p.pitch, true);
+      states.template rows<Move::in>(samples.begin + i, 0, p, part, of(first(slot, samples) + i).h, p.pitch, true);
     }
   });
   for (int64_t begin = 0; begin < p.steps; begin += chunk) {
     const int64_t end = std::min(p.steps, begin + chunk);
     if (cell.projects()) {
       stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
-        const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
-        for (int64_t i = 0; part.channel_begin == 0 && i < samples.count; ++i) {
+        for (int64_t i = 0; i < samples.count; ++i) {
           for (int64_t t = begin; t < end; ++t) {
-            A* x = of(slot, samples, i).x + (t - begin) * x_size;
-            xs.template rows<Move::in>(samples.begin + i, t, p, inputs, x, p.inputs, true);
+            A* x = of(first(slot, samples) + i).x + (t - begin) * x_size;
+            xs.template rows<Move::in>(samples.begin + i, t, p, p.inputs_of(part), x, p.inputs, true);
           }
         }
       });
       stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
-        const Workspace w = of(slot, samples, 0);
+        const Workspace w = of(first(slot, samples));
         for (int64_t t = 0; t < end - begin; ++t) {
           cell.project(w.x + t * x_size, w.xp + t * cell.xp_size(), {samples.count, workspace, workspace}, part,
                        scratch_of(slot));
@@ -118,9 +123,9 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
       const int64_t xp = (t - begin) * cell.xp_size();
       stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
         A* scratch = scratch_of(slot);
-        cell.convolve_h(of(slot, samples, 0).h, samples.count, workspace, zero, part, scratch);
+        cell.convolve_h(of(first(slot, samples)).h, samples.count, workspace, zero, part, scratch);
         for (int64_t i = 0; i < samples.count; ++i) {
-          const Workspace w = of(slot, samples, i);
+          const Workspace w = of(first(slot, samples) + i);
           if (!cell.projects()) {
             cell.take(xs, samples.begin + i, t, w.xp, part);
           }
@@ -129,9 +134,9 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
       });
       stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
         A* scratch = scratch_of(slot);
-        cell.convolve_rh(of(slot, samples, 0).rh, samples.count, workspace, zero, part, scratch);
+        cell.convolve_rh(of(first(slot, samples)).rh, samples.count, workspace, zero, part, scratch);
         for (int64_t i = 0; i < samples.count; ++i) {
-          const Workspace w = of(slot, samples, i);
+          const Workspace w = of(first(slot, samples) + i);
           cell.candidate(w.xp + xp, cell.planes(scratch, i, part), w.h, kept_of(slot, samples, i, t), part);
           outs.template rows<Move::out>(samples.begin + i, t, p, part, w.h, p.pitch, true);
         }
@@ -140,7 +145,7 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
   }
   stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
     for (int64_t i = 0; i < samples.count; ++i) {
-      states.template rows<Move::out>(samples.begin + i, 0, p, part, of(slot, samples, i).h, p.pitch, true);
+      states.template rows<Move::out>(samples.begin + i, 0, p, part, of(first(slot, samples) + i).h, p.pitch, true);
     }
   });
   schedule.run(stages);

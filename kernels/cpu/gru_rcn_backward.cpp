@@ -115,8 +115,15 @@ class Backward {
     scratch_ = Buffer<A>(slots() * scratch_size_);
 
     work_ = Buffer<A>(p.batch * chunk_ * step_size_);
-    spread(p.batch * chunk_, [&](int64_t, int64_t i) {  // the zeros around the frames
-      std::fill_n(work_.data() + i * step_size_, step_size_, A(0));
+    spread(p.batch * chunk_, [&](int64_t, int64_t i) {
+      const int64_t frame = p.frame.pixels() * p.pitch;
+      A* const at = work_.data() + i * step_size_;
+      clear(p.frame, p.channels == p.pitch ? 3 * p.pitch : 0, 3 * p.pitch, at);
+      clear(p.frame, p.channels, p.pitch, at + 3 * frame);
+      clear(p.frame, p.channels, p.pitch, at + 4 * frame);
+      if (projects_) {
+        clear(p.frame, p.inputs, p.inputs, at + 5 * frame);
+      }
     });
     recomputed_ = Buffer<T>(recompute_ ? p.batch * chunk_ * kept_size() : 0);
   }
@@ -278,8 +285,8 @@ class Backward {
                           p_.channels);
       });
     }
-    if (projects_ && part.channel_begin == 0 && (recompute_ || wanted_.dW.has_value())) {
-      xs_.template rows<Move::in>(b, t, p_, {part.row_begin, part.row_end, 0, p_.inputs}, s.x, p_.inputs, true);
+    if (projects_ && (recompute_ || wanted_.dW.has_value())) {
+      xs_.template rows<Move::in>(b, t, p_, p_.inputs_of(part), s.x, p_.inputs, true);
     }
   }
 

@@ -7,6 +7,7 @@
 #include "convolution.h"
 #include "gru_steps.h"
 #include "tensor.h"
+#include "transpose.h"
 #include "winograd.h"
 
 namespace convrnn {
@@ -18,6 +19,21 @@ inline Size frame_size(const Tensor& x, int64_t first) {
     *sizes[i] = x.size(d);
   }
   return size;
+}
+
+// Zeros for a padded frame of `pitch` lanes a pixel, of which `channels` are written elsewhere.
+template <class A>
+void clear(const Frame& frame, int64_t channels, int64_t pitch, A* lanes) {
+  const int64_t row = frame.width * pitch, inside = channels == pitch ? frame.size.width : 0;
+  for (int64_t y = 0; y < frame.size.depth * frame.height; ++y, lanes += row) {
+    const int64_t of_plane = y % frame.height - frame.top;
+    if (of_plane < 0 || of_plane >= frame.size.height || inside == 0) {
+      std::fill_n(lanes, row, A(0));
+    } else {
+      std::fill_n(lanes, frame.left * pitch, A(0));
+      std::fill_n(lanes + (frame.left + inside) * pitch, (frame.width - frame.left - inside) * pitch, A(0));
+    }
+  }
 }
 
 // What follows from the shapes.
@@ -40,6 +56,10 @@ struct Problem {
 
   int64_t pixels() const {
     return frame.size.pixels();
+  }
+  // The part's share of the input's channels.
+  Part inputs_of(const Part& part) const {
+    return {part.row_begin, part.row_end, part.channel_begin * inputs / channels, part.channel_end * inputs / channels};
   }
   Channels input() const {
     return {1, inputs, inputs, inputs};
@@ -206,12 +226,12 @@ struct Sequence {
   // in a padded frame, or in a plane without zeros.
   template <Move move, class A>
   void rows(int64_t b, int64_t t, const Problem& p, const Part& part, A* to, int64_t pitch, bool padded_rows) const {
-    const int64_t width = p.frame.size.width;
+    const int64_t width = p.frame.size.width, rows = padded_rows ? 1 : part.row_end - part.row_begin;  // in one go
     T* from = data + b * batch + t * step + part.channel_begin * channel;
-    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+    for (int64_t row = part.row_begin; row < part.row_end; row += rows) {
       A* lanes = to + (padded_rows ? p.frame.pixel(row) : row * width) * pitch + part.channel_begin;
-      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, width, part.channels(),
-                                                        pitch);
+      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, rows * width,
+                                                   part.channels(), pitch);
     }
   }
 };

@@ -89,9 +89,9 @@ class Backward {
         targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_), input, *weight});
       }
     };
-    want(wanted.dW, p.w, p.input(), p.packed(3), 0, &Step<T>::x);
     want(wanted.dU, p.u, p.state(), p.packed(2), 0, &Step<T>::h);
     want(wanted.dC, p.c, p.state(), p.packed(1), 2 * p.pitch, &Step<T>::rh);
+    want(wanted.dW, p.w, p.input(), p.packed(3), 0, &Step<T>::x);
     bias_sums_.resize(wanted.dbias.has_value() ? 3 * p.pitch : 0);
 
     const int64_t plane_size = schedule_.most_rows() * width_ * std::max(p.pitch, x_pitch_);

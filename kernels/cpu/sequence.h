@@ -1,6 +1,7 @@
 // How the whole-sequence op goes over its work: sizes, which thread does what, and frames of tensors as rows of lanes.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <vector>
 
@@ -107,13 +108,13 @@ void spread(int64_t count, F f) {
   });
 }
 
-// f(slot, i) for i < count, dealt out in turn: neighbours cost alike, so that every thread gets of each kind.
+// f(slot, i) for i < count, each taken by whoever is free: the costly ones should come first.
 template <class F>
 void deal(int64_t count, F f) {
-  const int64_t n = std::min(count, slots());
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, slots()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t i = slot; i < count; i += n) {
+      for (int64_t i = next++; i < count; i = next++) {
         f(slot, i);
       }
     }

@@ -143,13 +143,17 @@ def test_recomputed_activations_are_those_kept(h0, dtype, device):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * b.abs().max().item())
 
 
+FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8), (2, 5, 6))]
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize(
-    ("channels", "size"), [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8), (2, 5, 6))], ids=str
+    ("batch", "channels", "size"),
+    [*((batch, *frames) for frames in FRAMES for batch in (1, 2, 3, 5)), (11, (8, 16), (8, 8)), (13, (3, 8), (1, 1))],
+    ids=str,
 )
-def test_threads_do_not_change_a_bit(channels, size, batch):
-    """Whether threads take whole samples or share rows and channels follows from their number."""
+def test_threads_do_not_change_a_bit(batch, channels, size):
+    """Whether threads take whole samples, and how many together, or share rows and channels follows from their number."""
     before = torch.get_num_threads()
     leaves = [x.requires_grad_() for x in make(batch, 5, channels, size, bias=True)]
     results = []

@@ -20,6 +20,9 @@ class Codes {
       first_ = data<uint8_t>(*dense_);
     }
   }
+  bool any() const {
+    return first_ != nullptr;
+  }
   // The code of a frame, others of its sample beside it; null without codes.
   const uint8_t* row(int64_t b, int64_t t) const {
     return first_ == nullptr ? nullptr : first_ + b * steps_ + t;

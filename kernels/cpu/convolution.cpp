@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "transpose.h"
 #include "winograd.h"
 
 namespace convrnn {
@@ -111,10 +112,11 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
         std::fill(w.begin(), w.end(), A(0));
         if (channel < shape.in.count) {
           const T* from = weights.data + first * weights.n + (gate * shape.in.count + channel) * weights.k;
-          for (int64_t n = 0; n < count; ++n) {
-            for (int64_t tap = 0; tap < taps; ++tap) {
-              w[tap * width + n] = static_cast<A>(from[n * weights.n + tap * weights.tap]);
-            }
+          const int64_t last = taps - 1;
+          if (weights.tap > 0) {
+            run<Transpose<T, Move::in>>(from, int64_t{1}, weights.n, w.data(), taps, count, width);
+          } else {  // taps in reverse
+            run<Transpose<T, Move::in>>(from - last, int64_t{1}, weights.n, w.data() + last * width, taps, count, -width);
           }
         }
         if (tile_ == 2) {
@@ -141,17 +143,19 @@ int64_t Convolution<A>::scratch_size() const {
 }
 
 template <class A>
-void Convolution<A>::operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
+void Convolution<A>::operator()(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step,
+                                A* scratch) const {
   if (tile_ == 2) {
-    return winograd<2>(frame, part, out, gate_step, scratch);
+    return winograd<2>(in, batch, part, out, gate_step, scratch);
   }
   if (tile_ == 4) {
-    return winograd<4>(frame, part, out, gate_step, scratch);
+    return winograd<4>(in, batch, part, out, gate_step, scratch);
   }
   const A* weights = packed_.data();
   for (const Panel& panel : panels_) {
-    if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
-      direct(frame, part, panel, weights, out + panel.gate * gate_step + panel.channel);
+    for (int64_t f = 0; f < batch.frames && panel.channel >= part.channel_begin && panel.channel < part.channel_end; ++f) {
+      direct(in + f * batch.in_step, part, panel, weights,
+             out + f * batch.out_step + panel.gate * gate_step + panel.channel);
     }
     weights += panel.blocks * panel_size_;
   }
@@ -185,21 +189,25 @@ void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel
   }
 }
 
+// Some rows of tiles at a time, through all frames.
 template <class A>
 template <int M>
-void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const {
+void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step,
+                              A* scratch) const {
   const Size& size = shape_.frame.size;
   const int64_t lanes = shape_.in.lanes(), in_row = shape_.frame.width * shape_.in.pixel;
   const int64_t out_row = size.width * shape_.out.pixel;
-  const int64_t across = tiles(size.width, M), depth = M == 4 ? kDepth : lanes;
-  const int64_t most_rows = M * std::max<int64_t>(1, most_tiles(M) / across);
-  for (int64_t begin = part.row_begin; begin < part.row_end; begin += most_rows) {
-    const int64_t end = std::min(part.row_end, begin + most_rows), count = tiles(end - begin, M) * across;
+  const int64_t across = tiles(size.width, M), down = tiles(part.row_end - part.row_begin, M);
+  const int64_t depth = M == 4 ? kDepth : lanes, most_rows = std::max<int64_t>(1, most_tiles(M) / across);
+  for (int64_t begin = 0; begin < batch.frames * down; begin += most_rows) {
+    const int64_t end = std::min(batch.frames * down, begin + most_rows), count = (end - begin) * across;
     const int64_t plane = plane_size(count, lanes);
     A *inputs = scratch, *results = scratch + products(M) * plane;
-    for (int64_t row = begin, tile = 0; row < end; row += M, tile += across) {
-      run<winograd::Input<A, M>>(frame + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
-                                 inputs + tile * lanes, plane, across, lanes);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = part.row_begin + i % down * M;
+      run<winograd::Input<A, M>>(
+          in + i / down * batch.in_step + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
+          inputs + (i - begin) * across * lanes, plane, across, lanes);
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {
@@ -212,10 +220,12 @@ void Convolution<A>::winograd(const A* frame, const Part& part, A* out, int64_t 
                      results + product * result_plane, k > 0);
           }
         }
-        A* to = out + panel.gate * gate_step + (begin - part.row_begin) * out_row + panel.channel;
-        for (int64_t row = begin, tile = 0; row < end; row += M, tile += across, to += M * out_row) {
-          run<winograd::Output<A, M>>(results + tile * width, result_plane, to, out_row, shape_.out.pixel,
-                                      std::min<int64_t>(M, size.height - row), size.width, width);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = i % down * M;
+          run<winograd::Output<A, M>>(
+              results + (i - begin) * across * width, result_plane,
+              out + i / down * batch.out_step + panel.gate * gate_step + row * out_row + panel.channel, out_row,
+              shape_.out.pixel, std::min<int64_t>(M, size.height - part.row_begin - row), size.width, width);
         }
       }
       weights += panel.blocks * panel_size_;

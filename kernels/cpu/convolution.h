@@ -97,6 +97,11 @@ struct Part {
   }
 };
 
+// Frames that are convolved at once: so many, and the elements from one to the next, before and behind the convolution.
+struct Batch {
+  int64_t frames, in_step, out_step;
+};
+
 std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks);
 
 template <class A>
@@ -106,9 +111,10 @@ class Convolution {
   template <class T>
   Convolution(const ConvShape& shape, const Weights<const T>& weights);
 
-  // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kColumns.
-  // `frame` is a padded frame, `scratch` has scratch_size() elements.
-  void operator()(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
+  // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kColumns, of every
+  // frame. `in` is the first of the padded frames, `scratch` has scratch_size() elements. Frames that are given together
+  // share the reading of weights, and fill tiles of products that one alone would not; the results are the same.
+  void operator()(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
   int64_t scratch_size() const;
   int64_t panel_width() const {
     return panel_blocks<A>() * kColumns;
@@ -120,7 +126,7 @@ class Convolution {
  private:
   void direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const;
   template <int M>
-  void winograd(const A* frame, const Part& part, A* out, int64_t gate_step, A* scratch) const;
+  void winograd(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
 
   ConvShape shape_;
   int64_t tile_;  // of Winograd's method, or 0

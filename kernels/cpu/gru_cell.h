@@ -26,12 +26,13 @@ class Cell {
     }
   }
 
-  Schedule schedule() const {
-    return {p_, u_.packed_bytes(), u_.panel_width()};
+  Schedule schedule(bool alone) const {
+    return {p_, u_.packed_bytes(), u_.panel_width(), alone};
   }
   int64_t scratch_size(const Schedule& schedule) const {
     const int64_t project = w_.has_value() ? w_->scratch_size() : 0;
-    return planes_size(schedule.most_rows()) + std::max({project, u_.scratch_size(), c_.scratch_size()});
+    return schedule.together() * planes_size(schedule.most_rows()) +
+           std::max({project, u_.scratch_size(), c_.scratch_size()});
   }
   int64_t xp_size() const {
     return 3 * p_.pixels() * p_.pitch;
@@ -43,12 +44,15 @@ class Cell {
   bool projects() const {
     return w_.has_value();
   }
-  void project(const A* x, A* xp, const Part& part, A* scratch) const {
+  // From the frames x to the planes xp of some samples.
+  void project(const A* x, A* xp, const Batch& samples, const Part& part, A* scratch) const {
     const int64_t first = part.row_begin * p_.frame.size.width, last = part.row_end * p_.frame.size.width;
-    (*w_)(x, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
-    for (int64_t gate = 0; bias_.data() != nullptr && gate < 3; ++gate) {
+    (*w_)(x, samples, part, xp + first * p_.pitch, p_.pixels() * p_.pitch, scratch);
+    for (int64_t i = 0; bias_.data() != nullptr && i < 3 * samples.frames; ++i) {
+      const int64_t gate = i % 3;
       run<Add<A>>(bias_.data() + gate * p_.channels + part.channel_begin, int64_t{0},
-                  xp + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first, part.channels(), p_.pitch);
+                  xp + i / 3 * samples.out_step + (gate * p_.pixels() + first) * p_.pitch + part.channel_begin, last - first,
+                  part.channels(), p_.pitch);
     }
   }
 
@@ -60,11 +64,22 @@ class Cell {
     }
   }
 
-  // rh and the kept z and r from xp and the frame h; `zero` where h is zero.
-  void gates(const A* xp, const A* h, bool zero, A* rh, T* kept, const Part& part, A* scratch) const {
-    convolve(u_, h, zero, 2, part, scratch);
+  // What U makes of the frames h, C of the frames rh, of some samples `step` elements apart; `zero` where they are zero. The
+  // planes lie at the start of scratch, those of sample i at planes(scratch, i, part).
+  void convolve_h(const A* h, int64_t samples, int64_t step, bool zero, const Part& part, A* scratch) const {
+    convolve(u_, h, samples, step, zero, 2, part, scratch);
+  }
+  void convolve_rh(const A* rh, int64_t samples, int64_t step, bool zero, const Part& part, A* scratch) const {
+    convolve(c_, rh, samples, step, zero, 1, part, scratch);
+  }
+  A* planes(A* scratch, int64_t sample, const Part& part) const {
+    return scratch + sample * 2 * plane_size(part);
+  }
+
+  // rh and the kept z and r from xp, the planes of U and the frame h.
+  void gates(const A* xp, const A* planes, const A* h, A* rh, T* kept, const Part& part) const {
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
-      run<StepGates<T>>(xp + plane, p_.pixels() * p_.pitch, scratch + local, plane_size(part), h + frame, rh + frame,
+      run<StepGates<T>>(xp + plane, p_.pixels() * p_.pitch, planes + local, plane_size(part), h + frame, rh + frame,
                         kept + kept_row, kept + kept_row + p_.pixels() * p_.channels, p_.frame.size.width, part.channels(),
                         p_.pitch, p_.channels);
     });
@@ -82,12 +97,11 @@ class Cell {
     });
   }
 
-  // The kept c from xp and the frame rh, and, if h is given, h' from h.
-  void candidate(const A* xp, const A* rh, bool zero, A* h, T* kept, const Part& part, A* scratch) const {
-    convolve(c_, rh, zero, 1, part, scratch);
+  // The kept c from xp and the plane of C, and, if h is given, h' from h.
+  void candidate(const A* xp, const A* planes, A* h, T* kept, const Part& part) const {
     T* kept_c = kept + 2 * p_.pixels() * p_.channels;
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
-      run<StepCandidate<T>>(xp + 2 * p_.pixels() * p_.pitch + plane, scratch + local, kept_c + kept_row,
+      run<StepCandidate<T>>(xp + 2 * p_.pixels() * p_.pitch + plane, planes + local, kept_c + kept_row,
                             p_.frame.size.width, part.channels(), p_.pitch, p_.channels);
       if (h != nullptr) {
         run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, part.channels(), p_.pitch,
@@ -104,12 +118,14 @@ class Cell {
     return (part.row_end - part.row_begin) * p_.frame.size.width * p_.pitch;
   }
   // Planes of the part at the start of scratch, what the convolution needs behind them.
-  void convolve(const Convolution<A>& convolution, const A* frame, bool zero, int64_t gates, const Part& part,
-                A* scratch) const {
-    if (zero) {
-      std::fill_n(scratch, gates * plane_size(part), A(0));
-    } else {
-      convolution(frame, part, scratch, plane_size(part), scratch + gates * plane_size(part));
+  void convolve(const Convolution<A>& convolution, const A* frames, int64_t samples, int64_t step, bool zero, int64_t gates,
+                const Part& part, A* scratch) const {
+    if (!zero) {
+      return convolution(frames, {samples, step, 2 * plane_size(part)}, part, scratch, plane_size(part),
+                         planes(scratch, samples, part));
+    }
+    for (int64_t i = 0; i < samples; ++i) {
+      std::fill_n(planes(scratch, i, part), gates * plane_size(part), A(0));
     }
   }
   // f(offset in a padded frame, in a plane, in the part's plane, in the kept activations) of every row.

@@ -10,8 +10,9 @@
 // A frame whose code (codes.h) restarts the state follows a zero one, as the first does without h0: there is nothing to
 // convolve. One that is held is not read, in either direction; its activations are kept as zeros.
 //
-// Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache;
-// else they share every stage's rows and channels. Neither changes a bit of the result.
+// Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache, and of
+// small frames some together; else they share every stage's rows and channels. Neither changes a bit of the result. With codes
+// each sample comes by itself.
 // Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
 
 #include "gru_cell.h"
@@ -61,57 +62,67 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
              const Tensor& gates) {
   using A = acc_t<T>;
   const Cell<T> cell(p, W, U, C, bias);
-  const Schedule schedule = cell.schedule();
+  const Schedule schedule = cell.schedule(codes.any());
   const Sequence<const T> xs = sequence<T>(x, 2);
   const Sequence<T> outs(out, 2, false);
   const Sequence<A> states(h_n, 1, false);
   const bool keep = gates.numel() > 0;
   T* const kept = keep ? mutable_data<T>(gates) : nullptr;
 
-  constexpr int64_t kProjected = 1 << 20;  // bytes: stay in the second-level cache, or nearly
+  constexpr int64_t kProjected = 512 << 10;  // bytes: stay in the second-level cache
   const int64_t x_size = cell.projects() ? p.frame.pixels() * p.inputs : 0, h_size = p.frame.pixels() * p.pitch;
-  const int64_t chunk = cell.projects() ? chunk_of(kProjected, (cell.xp_size() + x_size) * sizeof(A), p.steps) : 1;
+  const int64_t chunk =
+      cell.projects() ? chunk_of(kProjected, schedule.together() * (cell.xp_size() + x_size) * sizeof(A), p.steps) : 1;
   const int64_t workspace = padded(chunk * (x_size + cell.xp_size()) + 2 * h_size);
   Buffer<A> work(schedule.workspaces() * workspace), scratch(slots() * padded(cell.scratch_size(schedule)));
   Buffer<T> unkept(keep ? 0 : schedule.workspaces() * cell.kept_size());
   struct Workspace {
     A *h, *rh, *x, *xp;
   };
-  const auto of = [&](int64_t slot, int64_t b) {
-    A* h = work.data() + schedule.workspace(slot, b) * workspace;
+  const auto of = [&](int64_t i) {
+    A* h = work.data() + i * workspace;
     return Workspace{h, h + h_size, h + 2 * h_size, h + 2 * h_size + chunk * x_size};
   };
+  const auto first = [&](int64_t slot, const Samples& samples) { return schedule.workspace(slot, samples); };
   const auto scratch_of = [&](int64_t slot) { return scratch.data() + slot * padded(cell.scratch_size(schedule)); };
-  const auto kept_of = [&](int64_t slot, int64_t b, int64_t t) {
-    return keep ? kept + (b * p.steps + t) * cell.kept_size()
-                : unkept.data() + schedule.workspace(slot, b) * cell.kept_size();
+  const auto kept_of = [&](int64_t slot, const Samples& samples, int64_t i, int64_t t) {
+    return keep ? kept + ((samples.begin + i) * p.steps + t) * cell.kept_size()
+                : unkept.data() + (first(slot, samples) + i) * cell.kept_size();
   };
-  for (int64_t i = 0; i < schedule.workspaces(); ++i) {  // the zeros around the frames
-    std::fill_n(work.data() + i * workspace, 2 * h_size + chunk * x_size, A(0));
+  for (int64_t i = 0; i < schedule.workspaces(); ++i) {
+    const Workspace w = of(i);
+    clear(p.frame, p.channels, p.pitch, w.h);
+    clear(p.frame, p.channels, p.pitch, w.rh);
+    for (int64_t t = 0; cell.projects() && t < chunk; ++t) {
+      clear(p.frame, p.inputs, p.inputs, w.x + t * x_size);
+    }
   }
 
   std::vector<Stage> stages;
-  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
-    states.template rows<Move::in>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      states.template rows<Move::in>(samples.begin + i, 0, p, part, of(first(slot, samples) + i).h, p.pitch, true);
+    }
   });
   for (int64_t begin = 0; begin < p.steps; begin += chunk) {
     const int64_t end = std::min(p.steps, begin + chunk);
     if (cell.projects()) {
-      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-        if (part.channel_begin == 0) {
-          const Part inputs{part.row_begin, part.row_end, 0, p.inputs};
+      stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
+        for (int64_t i = 0; i < samples.count; ++i) {
           for (int64_t t = begin; t < end; ++t) {
-            if (!codes.hold(b, t)) {
-              xs.template rows<Move::in>(b, t, p, inputs, of(slot, b).x + (t - begin) * x_size, p.inputs, true);
+            if (!codes.hold(samples.begin + i, t)) {
+              A* x = of(first(slot, samples) + i).x + (t - begin) * x_size;
+              xs.template rows<Move::in>(samples.begin + i, t, p, p.inputs_of(part), x, p.inputs, true);
             }
           }
         }
       });
-      stages.push_back([&, begin, end](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        for (int64_t i = 0; i < end - begin; ++i) {
-          if (!codes.hold(b, begin + i)) {
-            cell.project(w.x + i * x_size, w.xp + i * cell.xp_size(), part, scratch_of(slot));
+      stages.push_back([&, begin, end](int64_t slot, const Samples& samples, const Part& part) {
+        const Workspace w = of(first(slot, samples));
+        for (int64_t t = 0; t < end - begin; ++t) {
+          if (!codes.hold(samples.begin, begin + t)) {
+            cell.project(w.x + t * x_size, w.xp + t * cell.xp_size(), {samples.count, workspace, workspace}, part,
+                         scratch_of(slot));
           }
         }
       });
@@ -119,34 +130,48 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
     for (int64_t t = begin; t < end; ++t) {
       const bool zero = t == 0 && !has_h0;
       const int64_t xp = (t - begin) * cell.xp_size();
-      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        const bool restart = codes.restart(b, t);
+      stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
+        A* scratch = scratch_of(slot);
+        const bool restart = codes.restart(samples.begin, t);
         if (restart) {
-          clear(p, part, w.h, p.pitch);
+          clear(p, part, of(first(slot, samples)).h, p.pitch);
         }
-        if (codes.hold(b, t)) {
+        if (codes.hold(samples.begin, t)) {
           if (keep) {
-            cell.keep_nothing(kept_of(slot, b, t), part);
+            cell.keep_nothing(kept_of(slot, samples, 0, t), part);
           }
           return;
         }
-        if (!cell.projects()) {
-          cell.take(xs, b, t, w.xp, part);
+        cell.convolve_h(of(first(slot, samples)).h, samples.count, workspace, zero || restart, part, scratch);
+        for (int64_t i = 0; i < samples.count; ++i) {
+          const Workspace w = of(first(slot, samples) + i);
+          if (!cell.projects()) {
+            cell.take(xs, samples.begin + i, t, w.xp, part);
+          }
+          cell.gates(w.xp + xp, cell.planes(scratch, i, part), w.h, w.rh, kept_of(slot, samples, i, t), part);
         }
-        cell.gates(w.xp + xp, w.h, zero || restart, w.rh, kept_of(slot, b, t), part, scratch_of(slot));
       });
-      stages.push_back([&, zero, t, xp](int64_t slot, int64_t b, const Part& part) {
-        const Workspace w = of(slot, b);
-        if (!codes.hold(b, t)) {
-          cell.candidate(w.xp + xp, w.rh, zero || codes.restart(b, t), w.h, kept_of(slot, b, t), part, scratch_of(slot));
+      stages.push_back([&, zero, t, xp](int64_t slot, const Samples& samples, const Part& part) {
+        A* scratch = scratch_of(slot);
+        const bool hold = codes.hold(samples.begin, t);
+        if (!hold) {
+          cell.convolve_rh(of(first(slot, samples)).rh, samples.count, workspace,
+                           zero || codes.restart(samples.begin, t), part, scratch);
         }
-        outs.template rows<Move::out>(b, t, p, part, w.h, p.pitch, true);
+        for (int64_t i = 0; i < samples.count; ++i) {
+          const Workspace w = of(first(slot, samples) + i);
+          if (!hold) {
+            cell.candidate(w.xp + xp, cell.planes(scratch, i, part), w.h, kept_of(slot, samples, i, t), part);
+          }
+          outs.template rows<Move::out>(samples.begin + i, t, p, part, w.h, p.pitch, true);
+        }
       });
     }
   }
-  stages.push_back([&](int64_t slot, int64_t b, const Part& part) {
-    states.template rows<Move::out>(b, 0, p, part, of(slot, b).h, p.pitch, true);
+  stages.push_back([&](int64_t slot, const Samples& samples, const Part& part) {
+    for (int64_t i = 0; i < samples.count; ++i) {
+      states.template rows<Move::out>(samples.begin + i, 0, p, part, of(first(slot, samples) + i).h, p.pitch, true);
+    }
   });
   schedule.run(stages);
 }

@@ -67,7 +67,7 @@ class Backward {
         x_pitch_(padded(p.inputs)),
         through_u_({p.frame, p.u, true, p.packed(2), p.state()}, flipped<T>(operands.U)),
         through_c_({p.frame, p.c, true, p.packed(1), p.state()}, flipped<T>(operands.C)),
-        schedule_(p, through_u_.packed_bytes(), through_u_.panel_width()),
+        schedule_(p, through_u_.packed_bytes(), through_u_.panel_width(), operands.codes.any()),
         x_(operands.x),
         out_(operands.out),
         dout_(operands.dout.has_value() ? *operands.dout : operands.out),
@@ -90,9 +90,9 @@ class Backward {
         targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_), input, *weight});
       }
     };
-    want(wanted.dW, p.w, p.input(), p.packed(3), 0, &Step<T>::x);
     want(wanted.dU, p.u, p.state(), p.packed(2), 0, &Step<T>::h);
     want(wanted.dC, p.c, p.state(), p.packed(1), 2 * p.pitch, &Step<T>::rh);
+    want(wanted.dW, p.w, p.input(), p.packed(3), 0, &Step<T>::x);
     bias_sums_.resize(wanted.dbias.has_value() ? 3 * p.pitch : 0);
 
     const int64_t plane_size = schedule_.most_rows() * width_ * std::max(p.pitch, x_pitch_);
@@ -105,7 +105,7 @@ class Backward {
                          flipped<T>(*operands.W));
       scratch_size = std::max(scratch_size, through_w_->scratch_size());
     }
-    scratch_size += plane_size;
+    scratch_size += schedule_.together() * plane_size;
     plane_size_ = plane_size;
     if (recompute_) {
       cell_.emplace(p, operands.W, operands.U, operands.C, operands.bias);
@@ -116,8 +116,15 @@ class Backward {
     scratch_ = Buffer<A>(slots() * scratch_size_);
 
     work_ = Buffer<A>(p.batch * chunk_ * step_size_);
-    spread(p.batch * chunk_, [&](int64_t, int64_t i) {  // the zeros around the frames
-      std::fill_n(work_.data() + i * step_size_, step_size_, A(0));
+    spread(p.batch * chunk_, [&](int64_t, int64_t i) {
+      const int64_t frame = p.frame.pixels() * p.pitch;
+      A* const at = work_.data() + i * step_size_;
+      clear(p.frame, p.channels == p.pitch ? 3 * p.pitch : 0, 3 * p.pitch, at);
+      clear(p.frame, p.channels, p.pitch, at + 3 * frame);
+      clear(p.frame, p.channels, p.pitch, at + 4 * frame);
+      if (projects_) {
+        clear(p.frame, p.inputs, p.inputs, at + 5 * frame);
+      }
     });
     recomputed_ = Buffer<T>(recompute_ ? p.batch * chunk_ * kept_size() : 0);
   }
@@ -180,6 +187,10 @@ class Backward {
     T* kept = recompute_ ? recomputed_.data() + i * kept_size() : kept_ + (b * p_.steps + t) * kept_size();
     return {at, at + 3 * frame, at + 4 * frame, at + 5 * frame, kept};
   }
+  // Frames of `work_` of some samples at a step, and planes in scratch.
+  Batch batch(const Samples& samples) const {
+    return {samples.count, chunk_ * step_size_, plane_size_};
+  }
   // f(pixel of a frame, offset in a plane, offset in the kept activations) for the start of every row.
   template <class F>
   void each_row(const Part& part, F f) const {
@@ -192,64 +203,82 @@ class Backward {
   std::vector<Stage> stages(int64_t end) {
     std::vector<Stage> found;
     if (end == p_.steps) {
-      found.push_back([this](int64_t, int64_t b, const Part& part) {
-        dhs_.template rows<Move::in>(b, 0, p_, part, dh(b), p_.pitch, false);
+      found.push_back([this](int64_t, const Samples& samples, const Part& part) {
+        for (int64_t b = samples.begin; b < samples.end(); ++b) {
+          dhs_.template rows<Move::in>(b, 0, p_, part, dh(b), p_.pitch, false);
+        }
       });
     }
-    found.push_back([this, end](int64_t, int64_t b, const Part& part) {
-      for (int64_t t = first_; t < end; ++t) {
-        load(b, t, part);
-      }
-      if (!recompute_) {
-        update(b, end - 1, part);
+    found.push_back([this, end](int64_t, const Samples& samples, const Part& part) {
+      for (int64_t b = samples.begin; b < samples.end(); ++b) {
+        for (int64_t t = first_; t < end; ++t) {
+          load(b, t, part);
+        }
+        if (!recompute_) {
+          update(b, end - 1, part);
+        }
       }
     });
     for (int64_t t = first_; recompute_ && t < end; ++t) {
       const bool zero = t == 0 && !has_h0_;
-      found.push_back([this, zero, t](int64_t slot, int64_t b, const Part& part) {
-        if (codes_.hold(b, t)) {
+      found.push_back([this, zero, t](int64_t slot, const Samples& samples, const Part& part) {
+        if (codes_.hold(samples.begin, t)) {
           return;
         }
-        const Step<T> s = step(b, t);
-        A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
+        const Step<T> first = step(samples.begin, t);
+        A* xps = xp_.data() + schedule_.workspace(slot, samples) * cell_->xp_size();
         if (projects_) {
-          cell_->project(s.x, xp, part, scratch(slot));
-        } else {
-          cell_->take(xs_, b, t, xp, part);
+          cell_->project(first.x, xps, {samples.count, chunk_ * step_size_, cell_->xp_size()}, part, scratch(slot));
         }
-        cell_->gates(xp, s.h, zero || codes_.restart(b, t), s.rh, s.kept, part, scratch(slot));
+        cell_->convolve_h(first.h, samples.count, chunk_ * step_size_, zero || codes_.restart(samples.begin, t), part,
+                          scratch(slot));
+        for (int64_t i = 0; i < samples.count; ++i) {
+          const Step<T> s = step(samples.begin + i, t);
+          A* xp = xps + i * cell_->xp_size();
+          if (!projects_) {
+            cell_->take(xs_, samples.begin + i, t, xp, part);
+          }
+          cell_->gates(xp, cell_->planes(scratch(slot), i, part), s.h, s.rh, s.kept, part);
+        }
       });
-      found.push_back([this, zero, t, end](int64_t slot, int64_t b, const Part& part) {
-        const Step<T> s = step(b, t);
-        const A* xp = xp_.data() + schedule_.workspace(slot, b) * cell_->xp_size();
-        if (!codes_.hold(b, t)) {
-          cell_->candidate(xp, s.rh, zero || codes_.restart(b, t), nullptr, s.kept, part, scratch(slot));
+      found.push_back([this, zero, t, end](int64_t slot, const Samples& samples, const Part& part) {
+        const A* xps = xp_.data() + schedule_.workspace(slot, samples) * cell_->xp_size();
+        const bool hold = codes_.hold(samples.begin, t);
+        if (!hold) {
+          cell_->convolve_rh(step(samples.begin, t).rh, samples.count, chunk_ * step_size_,
+                             zero || codes_.restart(samples.begin, t), part, scratch(slot));
         }
-        if (t == end - 1) {
-          update(b, t, part);
+        for (int64_t i = 0; i < samples.count; ++i) {
+          if (!hold) {
+            cell_->candidate(xps + i * cell_->xp_size(), cell_->planes(scratch(slot), i, part), nullptr,
+                             step(samples.begin + i, t).kept, part);
+          }
+          if (t == end - 1) {
+            update(samples.begin + i, t, part);
+          }
         }
       });
     }
     for (int64_t t = end - 1; t >= first_; --t) {
-      found.push_back([this, t](int64_t slot, int64_t b, const Part& part) { reset(slot, b, t, part); });
-      found.push_back([this, t](int64_t slot, int64_t b, const Part& part) {
+      found.push_back([this, t](int64_t slot, const Samples& samples, const Part& part) { reset(slot, samples, t, part); });
+      found.push_back([this, t](int64_t slot, const Samples& samples, const Part& part) {
         if (t > 0 || wanted_.dh0) {
-          carry(slot, b, t, part);
+          carry(slot, samples, t, part);
         }
-        if (t > first_) {
+        for (int64_t b = samples.begin; t > first_ && b < samples.end(); ++b) {
           update(b, t - 1, part);
         }
       });
     }
-    found.push_back([this, end](int64_t slot, int64_t b, const Part& part) {
-      if (first_ == 0 && wanted_.dh0) {
+    found.push_back([this, end](int64_t slot, const Samples& samples, const Part& part) {
+      for (int64_t b = samples.begin; first_ == 0 && wanted_.dh0 && b < samples.end(); ++b) {
         dhs_.template rows<Move::out>(b, 0, p_, part, dh(b), p_.pitch, false);
       }
       for (int64_t t = first_; dxs_.has_value() && t < end; ++t) {
         if (!projects_) {
-          give(b, t, part);
+          give(samples, t, part);
         } else if (part.channel_begin == 0) {
-          inputs(slot, b, t, {part.row_begin, part.row_end, 0, p_.inputs});
+          inputs(slot, samples, t, {part.row_begin, part.row_end, 0, p_.inputs});
         }
       }
     });
@@ -278,8 +307,8 @@ class Backward {
                           p_.channels);
       });
     }
-    if (projects_ && part.channel_begin == 0 && (recompute_ || wanted_.dW.has_value())) {
-      xs_.template rows<Move::in>(b, t, p_, {part.row_begin, part.row_end, 0, p_.inputs}, s.x, p_.inputs, true);
+    if (projects_ && (recompute_ || wanted_.dW.has_value())) {
+      xs_.template rows<Move::in>(b, t, p_, p_.inputs_of(part), s.x, p_.inputs, true);
     }
   }
 
@@ -301,62 +330,73 @@ class Backward {
   }
 
   // Through C to r.h: the gradient of r, and what reaches h_{t-1} by it.
-  void reset(int64_t slot, int64_t b, int64_t t, const Part& part) {
-    if (codes_.hold(b, t)) {
+  void reset(int64_t slot, const Samples& samples, int64_t t, const Part& part) {
+    if (codes_.hold(samples.begin, t)) {
       return;
     }
-    const Step<T> s = step(b, t);
-    A* drh = scratch(slot);
-    if ((t == 0 && !(has_h0_ && wants_r())) || codes_.restart(b, t)) {
-      std::fill_n(drh, plane_size_, A(0));  // r acted on a zero state
+    A* const planes = scratch(slot);
+    if ((t == 0 && !(has_h0_ && wants_r())) || codes_.restart(samples.begin, t)) {
+      std::fill_n(planes, samples.count * plane_size_, A(0));  // r acted on a zero state
     } else {
-      through_c_(s.da + 2 * p_.pitch, part, drh, 0, drh + plane_size_);
+      through_c_(step(samples.begin, t).da + 2 * p_.pitch, batch(samples), part, planes, 0,
+                 planes + samples.count * plane_size_);
     }
-    each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
-      run<StepGatesBackward<T>>(drh + plane - part.row_begin * width_ * p_.pitch, s.kept + kept_size() / 3 + kept,
-                                s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane,
-                                s.da + (pixel * 3 + 1) * p_.pitch + part.channel_begin, width_, part.channels(), p_.pitch,
-                                p_.channels, 3 * p_.pitch);
-    });
+    for (int64_t b = samples.begin; b < samples.end(); ++b) {
+      const Step<T> s = step(b, t);
+      const A* drh = planes + (b - samples.begin) * plane_size_ - part.row_begin * width_ * p_.pitch;
+      each_row(part, [&](int64_t pixel, int64_t plane, int64_t kept) {
+        run<StepGatesBackward<T>>(drh + plane, s.kept + kept_size() / 3 + kept,
+                                  s.h + pixel * p_.pitch + part.channel_begin, dh(b) + plane,
+                                  s.da + (pixel * 3 + 1) * p_.pitch + part.channel_begin, width_, part.channels(),
+                                  p_.pitch, p_.channels, 3 * p_.pitch);
+      });
+    }
   }
 
   // Through U to h_{t-1}, unless the step forgot it.
-  void carry(int64_t slot, int64_t b, int64_t t, const Part& part) {
-    if (codes_.restart(b, t)) {
+  void carry(int64_t slot, const Samples& samples, int64_t t, const Part& part) {
+    if (codes_.restart(samples.begin, t)) {
       for (int64_t pixel = part.row_begin * width_; pixel < part.row_end * width_; ++pixel) {
-        std::fill_n(dh(b) + pixel * p_.pitch + part.channel_begin, part.channels(), A(0));
+        std::fill_n(dh(samples.begin) + pixel * p_.pitch + part.channel_begin, part.channels(), A(0));
       }
       return;
     }
-    if (codes_.hold(b, t)) {
+    if (codes_.hold(samples.begin, t)) {
       return;
     }
-    A* through = scratch(slot);
-    through_u_(step(b, t).da, part, through, 0, through + plane_size_);
-    run<Add<A>>(through + part.channel_begin, p_.pitch,
-                dh(b) + part.row_begin * width_ * p_.pitch + part.channel_begin,
-                (part.row_end - part.row_begin) * width_, part.channels(), p_.pitch);
+    A* const through = scratch(slot);
+    through_u_(step(samples.begin, t).da, batch(samples), part, through, 0, through + samples.count * plane_size_);
+    for (int64_t b = samples.begin; b < samples.end(); ++b) {
+      run<Add<A>>(through + (b - samples.begin) * plane_size_ + part.channel_begin, p_.pitch,
+                  dh(b) + part.row_begin * width_ * p_.pitch + part.channel_begin,
+                  (part.row_end - part.row_begin) * width_, part.channels(), p_.pitch);
+    }
   }
 
   // Through W to x.
-  void inputs(int64_t slot, int64_t b, int64_t t, const Part& part) {
-    A* through = scratch(slot);
-    if (codes_.hold(b, t)) {
+  void inputs(int64_t slot, const Samples& samples, int64_t t, const Part& part) {
+    A* const through = scratch(slot);
+    if (codes_.hold(samples.begin, t)) {
       std::fill_n(through, plane_size_, A(0));
     } else {
-      (*through_w_)(step(b, t).da, part, through, 0, through + plane_size_);
+      (*through_w_)(step(samples.begin, t).da, batch(samples), part, through, 0, through + samples.count * plane_size_);
     }
-    dxs_->template rows<Move::out>(b, t, p_, part, through - part.row_begin * width_ * x_pitch_, x_pitch_, false);
+    for (int64_t b = samples.begin; b < samples.end(); ++b) {
+      A* dx = through + (b - samples.begin) * plane_size_ - part.row_begin * width_ * x_pitch_;
+      dxs_->template rows<Move::out>(b, t, p_, part, dx, x_pitch_, false);
+    }
   }
 
   // To the projection given instead of x.
-  void give(int64_t b, int64_t t, const Part& part) {
+  void give(const Samples& samples, int64_t t, const Part& part) {
     for (int64_t gate = 0; gate < 3; ++gate) {
-      if (codes_.hold(b, t)) {
-        clear(p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch);
+      for (int64_t b = samples.begin; b < samples.end(); ++b) {
+        if (codes_.hold(b, t)) {
+          clear(p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch);
+        }
+        dxs_->from(gate * p_.channels)
+            .template rows<Move::out>(b, t, p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch, true);
       }
-      dxs_->from(gate * p_.channels)
-          .template rows<Move::out>(b, t, p_, part, step(b, t).da + gate * p_.pitch, 3 * p_.pitch, true);
     }
   }
 

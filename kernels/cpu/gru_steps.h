@@ -129,38 +129,4 @@ struct Add {
   }
 };
 
-// Between a frame's dense tensor, element (pixel, channel) at pixel * p + channel * c, and lanes.
-enum class Move { in, add, out };
-
-template <class T, Move move>
-struct Transpose {
-  using A = acc_t<T>;
-  using Dense = std::conditional_t<move == Move::out, T, const T>;
-  static CONVRNN_INLINE void one(Dense& x, A& lane) {
-    if constexpr (move == Move::in) {
-      lane = load(x);
-    } else if constexpr (move == Move::add) {
-      lane += load(x);
-    } else {
-      store(x, lane);
-    }
-  }
-  static CONVRNN_INLINE void run(Dense* x, int64_t p, int64_t c, A* lanes, int64_t pixels, int64_t n, int64_t pitch) {
-    if (c == 1) {
-      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        CONVRNN_LANES
-        for (int64_t i = 0; i < n; ++i) {
-          one(x[pixel * p + i], lanes[pixel * pitch + i]);
-        }
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-          one(x[i * c + pixel * p], lanes[pixel * pitch + i]);
-        }
-      }
-    }
-  }
-};
-
 }  // namespace convrnn

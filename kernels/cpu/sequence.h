@@ -1,12 +1,15 @@
 // How the whole-sequence op goes over its work: sizes, which thread does what, and frames of tensors as rows of lanes.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <vector>
 
 #include "convolution.h"
 #include "gru_steps.h"
 #include "tensor.h"
+#include "transpose.h"
+#include "winograd.h"
 
 namespace convrnn {
 
@@ -17,6 +20,21 @@ inline Size frame_size(const Tensor& x, int64_t first) {
     *sizes[i] = x.size(d);
   }
   return size;
+}
+
+// Zeros for a padded frame of `pitch` lanes a pixel, of which `channels` are written elsewhere.
+template <class A>
+void clear(const Frame& frame, int64_t channels, int64_t pitch, A* lanes) {
+  const int64_t row = frame.width * pitch, inside = channels == pitch ? frame.size.width : 0;
+  for (int64_t y = 0; y < frame.size.depth * frame.height; ++y, lanes += row) {
+    const int64_t of_plane = y % frame.height - frame.top;
+    if (of_plane < 0 || of_plane >= frame.size.height || inside == 0) {
+      std::fill_n(lanes, row, A(0));
+    } else {
+      std::fill_n(lanes, frame.left * pitch, A(0));
+      std::fill_n(lanes + (frame.left + inside) * pitch, (frame.width - frame.left - inside) * pitch, A(0));
+    }
+  }
 }
 
 // What follows from the shapes.
@@ -39,6 +57,10 @@ struct Problem {
 
   int64_t pixels() const {
     return frame.size.pixels();
+  }
+  // The part's share of the input's channels.
+  Part inputs_of(const Part& part) const {
+    return {part.row_begin, part.row_end, part.channel_begin * inputs / channels, part.channel_end * inputs / channels};
   }
   Channels input() const {
     return {1, inputs, inputs, inputs};
@@ -86,25 +108,34 @@ void spread(int64_t count, F f) {
   });
 }
 
-// f(slot, i) for i < count, dealt out in turn: neighbours cost alike, so that every thread gets of each kind.
+// f(slot, i) for i < count, each taken by whoever is free: the costly ones should come first.
 template <class F>
 void deal(int64_t count, F f) {
-  const int64_t n = std::min(count, slots());
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, slots()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t i = slot; i < count; i += n) {
+      for (int64_t i = next++; i < count; i = next++) {
         f(slot, i);
       }
     }
   });
 }
 
-// A stage of the work on one sample; stages of a sample follow one another, parts of a stage are independent.
-using Stage = std::function<void(int64_t slot, int64_t sample, const Part& part)>;
+// Neighbours in the batch.
+struct Samples {
+  int64_t begin, count;
+  int64_t end() const {
+    return begin + count;
+  }
+};
+
+// A stage of the work on some samples; stages of a sample follow one another, parts of a stage are independent.
+using Stage = std::function<void(int64_t slot, const Samples& samples, const Part& part)>;
 
 class Schedule {
  public:
-  Schedule(const Problem& p, int64_t weight_bytes, int64_t panel) : batch_(p.batch) {
+  // `alone`: each stage is given one sample.
+  Schedule(const Problem& p, int64_t weight_bytes, int64_t panel, bool alone) : batch_(p.batch) {
     constexpr int64_t kLarge = 1 << 20;  // weights that no second-level cache holds: read them once for many pixels
     const int64_t tile = p.frame.tile, rows = p.frame.size.rows(), across = (p.frame.size.width + tile - 1) / tile;
     const int64_t threads = slots();
@@ -122,38 +153,52 @@ class Schedule {
         parts_.push_back({row, std::min(rows, row + height), channel, std::min(p.channels, channel + width)});
       }
     }
+    if (whole_samples_ && parts_.size() == 1 && !alone) {
+      // Half of the tiles that are transformed at a time: with all of them the state would leave the second-level cache.
+      const int64_t tiles = (rows + tile - 1) / tile * across;
+      together_ = std::clamp<int64_t>(winograd::most_tiles(tile) / 2 / tiles, 1, batch_ / threads);
+    }
   }
 
   int64_t most_rows() const {
     return parts_.front().row_end;
   }
-  // Workspaces for samples under way, and the one that a sample uses.
-  int64_t workspaces() const {
-    return whole_samples_ ? slots() : batch_;
+  // The most samples that a stage is given at once.
+  int64_t together() const {
+    return together_;
   }
-  int64_t workspace(int64_t slot, int64_t sample) const {
-    return whole_samples_ ? slot : sample;
+  // Workspaces for samples under way, and that of the first of those that a stage is given; the others' follow.
+  int64_t workspaces() const {
+    return whole_samples_ ? slots() * together_ : batch_;
+  }
+  int64_t workspace(int64_t slot, const Samples& samples) const {
+    return whole_samples_ ? slot * together_ : samples.begin;
   }
 
   void run(const std::vector<Stage>& stages) const {
     if (whole_samples_) {
-      return spread(batch_, [&](int64_t slot, int64_t sample) {
+      const int64_t each = (batch_ + slots() - 1) / slots();  // samples of a thread
+      const int64_t groups = std::min(batch_, (each + together_ - 1) / together_ * slots());
+      return spread(groups, [&](int64_t slot, int64_t group) {
+        const int64_t begin = group * batch_ / groups;
+        const Samples samples{begin, (group + 1) * batch_ / groups - begin};
         for (const Stage& stage : stages) {
           for (const Part& part : parts_) {
-            stage(slot, sample, part);
+            stage(slot, samples, part);
           }
         }
       });
     }
     const auto count = static_cast<int64_t>(parts_.size());
     for (const Stage& stage : stages) {
-      spread(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, i / count, parts_[i % count]); });
+      spread(batch_ * count, [&](int64_t slot, int64_t i) { stage(slot, {i / count, 1}, parts_[i % count]); });
     }
   }
 
  private:
   int64_t batch_;
   bool whole_samples_;
+  int64_t together_ = 1;
   std::vector<Part> parts_;
 };
 
@@ -183,12 +228,12 @@ struct Sequence {
   // in a padded frame, or in a plane without zeros.
   template <Move move, class A>
   void rows(int64_t b, int64_t t, const Problem& p, const Part& part, A* to, int64_t pitch, bool padded_rows) const {
-    const int64_t width = p.frame.size.width;
+    const int64_t width = p.frame.size.width, rows = padded_rows ? 1 : part.row_end - part.row_begin;  // in one go
     T* from = data + b * batch + t * step + part.channel_begin * channel;
-    for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+    for (int64_t row = part.row_begin; row < part.row_end; row += rows) {
       A* lanes = to + (padded_rows ? p.frame.pixel(row) : row * width) * pitch + part.channel_begin;
-      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, width, part.channels(),
-                                                        pitch);
+      run<Transpose<std::remove_const_t<T>, move>>(from + row * width * pixel, pixel, channel, lanes, rows * width,
+                                                   part.channels(), pitch);
     }
   }
 };

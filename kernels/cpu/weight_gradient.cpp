@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "transpose.h"
 #include "winograd.h"
 
 namespace convrnn {
@@ -191,14 +192,11 @@ void WeightGradient<A>::write(const Weights<T>& weights) {
         } else if (tile_ == 4) {
           run<winograd::WeightGradient<A, 4>>(total.data(), kColumns, block.data(), kColumns);
         }
-        const A* from = tile_ > 0 ? block.data() : total.data();
+        A* from = tile_ > 0 ? block.data() : total.data();
         const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
         T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;
-        for (int64_t n = 0; n < std::min(kColumns, shape_.out.count - channel); ++n) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            to[n * weights.n + tap * weights.tap] = static_cast<T>(from[tap * kColumns + n]);
-          }
-        }
+        run<Transpose<T, Move::out>>(to, weights.tap, weights.n, from, taps,
+                                     std::min(kColumns, shape_.out.count - channel), kColumns);
       }
     }
   });

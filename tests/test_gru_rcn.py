@@ -148,14 +148,19 @@ FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("batch", "channels", "size"),
-    [*((batch, *frames) for frames in FRAMES for batch in (1, 2, 3, 5)), (11, (8, 16), (8, 8)), (13, (3, 8), (1, 1))],
+    ("batch", "channels", "size", "dtype"),
+    [
+        *((batch, *frames, torch.float32) for frames in FRAMES for batch in (1, 2, 3, 5)),
+        (11, (8, 16), (8, 8), torch.float32),
+        (13, (3, 8), (1, 1), torch.float32),
+        (3, (16, 160), (7, 10), torch.bfloat16),
+    ],
     ids=str,
 )
-def test_threads_do_not_change_a_bit(batch, channels, size):
+def test_threads_do_not_change_a_bit(batch, channels, size, dtype):
     """Whether threads take whole samples, and how many together, or share rows and channels follows from their number."""
     before = torch.get_num_threads()
-    leaves = [x.requires_grad_() for x in make(batch, 5, channels, size, bias=True)]
+    leaves = [x.requires_grad_() for x in make(batch, 5, channels, size, bias=True, dtype=dtype)]
     results = []
     try:
         for threads in (1, 2, 4, 5):
@@ -170,6 +175,26 @@ def test_threads_do_not_change_a_bit(batch, channels, size):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "kernel"),
+    [
+        (3, (6, 20), (9, 11), (5, 5)),
+        (1, (8, 34), (12, 9), (2, 2)),
+        (2, (7, 33), (6, 5), (5, 5)),  # odd: channels come in pairs
+        (9, (4, 8), (1, 1), (3, 3)),  # most taps meet no frame
+        (2, (8, 16), (3, 5, 6), (3, 3, 3)),
+        (1, (4, 160), (14, 5), (1, 5)),
+    ],
+    ids=str,
+)
+def test_products_of_bfloat16(batch, channels, size, kernel):
+    """Where the CPU has them, convolutions multiply h and r.h as bfloat16 and sum in float32."""
+    arguments = make(batch, 3, channels, size, [kernel] * 3, bias=True)
+    arguments[2:5] = [w / 4 for w in arguments[2:5]]
+    check_against_reference(gru_rcn, reference.gru_rcn, [a.bfloat16() for a in arguments])
 
 
 @pytest.mark.compiled

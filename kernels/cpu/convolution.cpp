@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "transpose.h"
 #include "winograd.h"
@@ -34,6 +35,18 @@ int64_t largest_tile(const Size& size, int64_t frames) {
   return size.depth == 1 && large >= kFew && frames * large >= kAll &&
                  4 * products(4) * large < 3 * products(2) * frame_tiles(size, 2) ? 4 : 2;
 }
+
+// To bfloat16 from some lanes of each pixel.
+struct Round {
+  static CONVRNN_INLINE void run(const float* from, int64_t pitch, c10::BFloat16* to, int64_t pixels, int64_t lanes) {
+    for (; pixels > 0; --pixels, from += pitch, to += lanes) {
+      CONVRNN_LANES
+      for (int64_t i = 0; i < lanes; ++i) {
+        store(to[i], from[i]);
+      }
+    }
+  }
+};
 
 }  // namespace
 
@@ -89,10 +102,12 @@ int64_t ConvShape::last_tap() const {
 template <class A>
 template <class T>
 Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
-    : shape_(shape), tile_(shape.tile()) {
+    : shape_(shape),
+      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.tile() < 4 && shape.in.lanes() % 2 == 0),
+      tile_(pairs_ ? 0 : shape.tile()) {
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
-  panel_size_ = (tile_ > 0 ? products(tile_) : taps) * lanes * kColumns;
+  panel_size_ = (tile_ > 0 ? products(tile_) : taps) * lanes * kColumns / (pairs_ ? 2 : 1);
   std::vector<int64_t> offsets;
   for (const Panel& panel : panels_) {
     offsets.push_back(packed_size_);
@@ -107,6 +122,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
       const int64_t first = panel.gate * shape.out.count + panel.channel;
       const int64_t count = std::min(width, shape.out.count - panel.channel);
       A* packed = packed_.data() + offsets[index];
+      auto* const halves = reinterpret_cast<c10::BFloat16*>(packed);
       for (int64_t lane = 0; lane < lanes; ++lane, packed += width) {
         const int64_t gate = lane / shape.in.pitch, channel = lane % shape.in.pitch;
         std::fill(w.begin(), w.end(), A(0));
@@ -123,6 +139,13 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
           run<winograd::Weight<A, 2>>(w.data(), packed, lanes * width, width);
         } else if (tile_ == 4) {
           run<winograd::Weight<A, 4>>(w.data(), packed, lanes * width, width);
+        } else if (pairs_) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            c10::BFloat16* to = halves + (tap * lanes + lane) / 2 * 2 * width + lane % 2;
+            for (int64_t n = 0; n < width; ++n) {
+              store(to[2 * n], static_cast<float>(w[tap * width + n]));
+            }
+          }
         } else {
           for (int64_t tap = 0; tap < taps; ++tap) {
             std::copy_n(w.data() + tap * width, width, packed + tap * lanes * width);
@@ -135,6 +158,9 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
 
 template <class A>
 int64_t Convolution<A>::scratch_size() const {
+  if (pairs_) {
+    return padded(shape_.frame.pixels() * shape_.in.lanes() / 2);
+  }
   if (tile_ == 0) {
     return 0;
   }
@@ -145,6 +171,9 @@ int64_t Convolution<A>::scratch_size() const {
 template <class A>
 void Convolution<A>::operator()(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step,
                                 A* scratch) const {
+  if (pairs_) {
+    return pairs(in, batch, part, out, gate_step, scratch);
+  }
   if (tile_ == 2) {
     return winograd<2>(in, batch, part, out, gate_step, scratch);
   }
@@ -186,6 +215,51 @@ void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel
     }
     multiply(factors.data(), static_cast<int64_t>(factors.size()), dense ? taps * lanes : lanes, size.width,
              panel.blocks, {pixel, 1, width, shape_.out.pixel}, out, false);
+  }
+}
+
+// Frame by frame: what the part reads of it is rounded, once for all panels.
+template <class A>
+void Convolution<A>::pairs([[maybe_unused]] const A* in, [[maybe_unused]] const Batch& batch,
+                           [[maybe_unused]] const Part& part, [[maybe_unused]] A* out, [[maybe_unused]] int64_t gate_step,
+                           [[maybe_unused]] A* scratch) const {
+  if constexpr (std::is_same_v<A, float>) {
+    const Frame& frame = shape_.frame;
+    const Size &size = frame.size, &kernel = shape_.kernel;
+    const int64_t lanes = shape_.in.lanes(), first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
+    int64_t begin = 0, end = frame.pixels();  // pixels that the part reads
+    if (size.depth == 1) {
+      const int64_t row = part.row_begin - shape_.before.height, rows = part.row_end - part.row_begin + kernel.height - 1;
+      begin = (frame.top + std::max<int64_t>(0, row)) * frame.width;
+      end = (frame.top + std::min(size.height, row + rows)) * frame.width;
+    }
+    auto* const rounded = reinterpret_cast<c10::BFloat16*>(scratch);
+    std::vector<PairFactors> factors;
+    for (int64_t f = 0; f < batch.frames; ++f) {
+      run<Round>(in + f * batch.in_step + begin * shape_.in.pixel, shape_.in.pixel, rounded + begin * lanes, end - begin,
+                 lanes);
+      const A* weights = packed_.data();
+      for (const Panel& panel : panels_) {
+        const int64_t width = panel.blocks * kColumns;
+        A* to = out + f * batch.out_step + panel.gate * gate_step + panel.channel;
+        const bool wanted = panel.channel >= part.channel_begin && panel.channel < part.channel_end;
+        for (int64_t row = part.row_begin; wanted && row < part.row_end; ++row, to += size.width * shape_.out.pixel) {
+          factors.clear();
+          for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
+            const int64_t depth = row / size.height + kernel_row / kernel.height - shape_.before.depth;
+            const int64_t y = row % size.height + kernel_row % kernel.height - shape_.before.height;
+            if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
+              const int64_t pixel = frame.pixel(depth, y) + first - shape_.before.width;
+              factors.push_back({reinterpret_cast<const uint16_t*>(rounded + pixel * lanes),
+                                 reinterpret_cast<const uint32_t*>(weights) +
+                                     (kernel_row * kernel.width + first) * lanes / 2 * width});
+            }
+          }
+          multiply_pairs(factors, taps * lanes / 2, size.width, panel.blocks, lanes, width, shape_.out.pixel, to);
+        }
+        weights += panel.blocks * panel_size_;
+      }
+    }
   }
 }
 

@@ -5,6 +5,9 @@
 //   Winograd  F(2x2, 3x3) and F(4x4, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36,
 //             or of 4x4, 36 for 144.
 //
+// Weights in bfloat16 are multiplied as such by the direct method, where the machine has an instruction for it and tiles of
+// 4x4 do not serve: the frame is then rounded to bfloat16, sums are float32.
+//
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
 // An infinity in a frame makes NaN of the whole tile that it is read with, where the definition would not.
 // Source of Winograd's method: Lavin & Gray 2015, arXiv 1509.09308.
@@ -125,10 +128,12 @@ class Convolution {
 
  private:
   void direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const;
+  void pairs(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
   template <int M>
   void winograd(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
 
   ConvShape shape_;
+  bool pairs_;    // products of bfloat16
   int64_t tile_;  // of Winograd's method, or 0
   int64_t panel_size_;  // packed elements of a panel of one block
   std::vector<Panel> panels_;

@@ -23,6 +23,9 @@ std::vector<NamedIsa> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back({"avx512", Isa::avx512});
+      if (__builtin_cpu_supports("avx512bf16")) {
+        sets.push_back({"avx512bf16", Isa::avx512bf16});
+      }
     }
   }
 #endif

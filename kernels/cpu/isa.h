@@ -14,6 +14,8 @@
 #endif
 #define CONVRNN_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" CONVRNN_VECTOR_WIDTH)))
+#define CONVRNN_AVX512BF16 \
+  __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma" CONVRNN_VECTOR_WIDTH)))
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -36,10 +38,10 @@
 
 namespace convrnn {
 
-enum class Isa { plain, avx2, avx512 };
+enum class Isa { plain, avx2, avx512, avx512bf16 };  // the last is avx512 but for products of bfloat16
 
-// The widest set this machine has, or the one named by the environment variable CONVRNN_ISA (plain, avx2, avx512),
-// read once. Throws where the variable names no set or one that this machine lacks.
+// The widest set this machine has, or the one named by the environment variable CONVRNN_ISA (plain, avx2, avx512,
+// avx512bf16), read once. Throws where the variable names no set or one that this machine lacks.
 Isa isa();
 std::string isa_report();
 
@@ -59,6 +61,7 @@ template <class Kernel, class... Args>
 void run(Args... args) {
 #ifdef CONVRNN_X86
   switch (isa()) {
+    case Isa::avx512bf16:
     case Isa::avx512:
       return run_avx512<Kernel>(args...);
     case Isa::avx2:

@@ -52,6 +52,7 @@ void multiply_some(const Factors<A>* factors, int64_t count, int64_t depth, int6
                    const ProductStrides& strides, A* c, bool accumulate) {
 #ifdef CONVRNN_X86
   switch (isa()) {
+    case Isa::avx512bf16:
     case Isa::avx512:
       return blocks == 2 ? avx512::multiply<A, 2>(factors, count, depth, rows, strides, c, accumulate)
                          : avx512::multiply<A, 1>(factors, count, depth, rows, strides, c, accumulate);
@@ -78,7 +79,7 @@ void multiply(const Factors<A>* factors, int64_t count, int64_t depth, int64_t r
 template <class A>
 int64_t panel_blocks() {
 #ifdef CONVRNN_X86
-  return isa() == Isa::avx512 && sizeof(A) == 4 ? 2 : 1;
+  return isa() >= Isa::avx512 && sizeof(A) == 4 ? 2 : 1;
 #else
   return 1;
 #endif

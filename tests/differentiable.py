@@ -1,5 +1,6 @@
 """Each op as a function of its tensors, small, in float64 and away from corners: what derivatives are checked on."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,13 +46,17 @@ def _projected(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return lambda x, h0, *recurrent: tuple(f(x, h0, None, *recurrent))
 
 
+@functools.cache  # no copy from the host where a CUDA graph is captured
+def _masks(device: torch.device) -> dict[str, Tensor]:
+    reset = torch.tensor([[False, True, False], [False, False, True]], device=device)
+    return {"reset": reset, "hold": torch.tensor([[False, False, True], [True, False, True]], device=device)}
+
+
 def _masked(f: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """With resets and held frames, apart and together, for (2, 3, ...)."""
 
     def called(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        reset = torch.tensor([[False, True, False], [False, False, True]], device=x.device)
-        hold = torch.tensor([[False, False, True], [True, False, True]], device=x.device)
-        return tuple(f(x, *rest, reset=reset, hold=hold))
+        return tuple(f(x, *rest, **_masks(x.device)))
 
     return called
 

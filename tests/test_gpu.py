@@ -35,6 +35,9 @@ OPS = {
     "gru_rcn": CASES["gru_rcn-h0-bias"]._replace(
         shapes=((2, 4, 3, 6, 5), (2, 8, 6, 5), (24, 3, 3, 3), (16, 8, 3, 3), (8, 8, 3, 3), (24,))
     ),
+    "gru_rcn-masks": CASES["gru_rcn-projection-masks"]._replace(
+        shapes=((2, 3, 24, 6, 5), (2, 8, 6, 5), (16, 8, 3, 3), (8, 8, 3, 3))
+    ),
     # With TF32, which it needs, a step is two implicit GEMMs at this size.
     "gru_rcn-gemm": Case(
         with_small_recurrent_weights(convrnn.gru_rcn),

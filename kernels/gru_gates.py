@@ -62,7 +62,7 @@ def gru_gates_fwd_kernel(
     if codes is not None:
         code = tl.load(codes + sample)
         hz, hr = tl.where(restarts(code), 0.0, hz), tl.where(restarts(code), 0.0, hr)
-        state = tl.where(code != 0, 0.0, state)
+        state = tl.where(restarts(code) | holds(code), 0.0, state)
     reset = sigmoid(xr + hr)
     z = z + sample * (z_stride * VEC) + lane
     update = sigmoid(xz + hz)

@@ -27,7 +27,7 @@ from torch import Tensor
 from .gru_gates import gru_gates_fwd, gru_update_fwd, launch_step
 from .gru_step import gru_conv_step_fwd, pack_weights, use_gemm
 from .layout import dense, state_dtype, to_layout
-from .math import HOLD, holds, jit_kernel, program_lanes, restarts
+from .math import HOLD, RESTART, holds, jit_kernel, program_lanes, restarts
 
 
 @jit_kernel
@@ -117,8 +117,9 @@ def gru_rcn_bwd_reset_kernel(
     grad_r = grad * state * reset * (1 - reset)
     passed = grad_h + grad * reset
     if codes is not None:
-        plain = tl.load(codes + sample) == 0
-        grad_r, passed = tl.where(plain, grad_r, 0.0), tl.where(plain, passed, grad_h)
+        code = tl.load(codes + sample)
+        unread = restarts(code) | holds(code)
+        grad_r, passed = tl.where(unread, 0.0, grad_r), tl.where(unread, grad_h, passed)
     tl.store(dh, passed, mask)
     tl.store(dr + sample * (dr_stride * VEC) + lane, grad_r, mask)
     tl.store(dr_frame + sample * (dr_frame_stride * VEC) + lane, grad_r, mask)
@@ -354,7 +355,7 @@ def _recurrent_weight_grads(
     skipped = steps - h_prev.shape[1]
     da, gates = da[:, skipped:], gates[:, skipped:]
     if codes is not None:
-        h_prev = _zero_where(codes[:, skipped:], h_prev)
+        h_prev = _zero_where(codes[:, skipped:] & (RESTART.value | HOLD.value), h_prev)
     dU = dC = None
     if wants_U:
         dU = _conv_backward(da[:, :, : 2 * features], h_prev, U, [False, True, False])[1]

@@ -141,7 +141,7 @@ def gru_conv_gates_fwd_kernel(
     rh += lane
     gated = tl.trans(r) * tl.load(h + lane, mask)
     if codes is not None:
-        gated = tl.where((code != 0)[:, None], 0.0, gated)
+        gated = tl.where((restarts(code) | holds(code))[:, None], 0.0, gated)
     tl.store(rh, gated, mask)
 
 

@@ -41,7 +41,7 @@ NOT_UPCAST = (
         "hz, hr = tl.load(hp, mask), tl.load(hp + half, mask)",
     ),
     ("reset = sigmoid(xr + hr)", "reset = sigmoid((xr + hr).to(ACC))"),
-    ("sigmoid(xz + hz), mask)", "sigmoid((xz + hz).to(ACC)), mask)"),
+    ("update = sigmoid(xz + hz)", "update = sigmoid((xz + hz).to(ACC))"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from convrnn import (
     Bidirectional,
@@ -120,6 +121,8 @@ CALLS = [
     (lambda rnn: ConvGRUCell(4, 4, 3, recurent_dropout=0.1), TypeError, "recurent_dropout"),
     (lambda rnn: SepConvGRUCell(4, 4, (5, 5)), TypeError, "kernel_size must be an int"),
     (lambda rnn: SepConvGRUCell(4, 4, stride=2), TypeError, "takes no stride"),
+    (lambda rnn: SepConvGRUCell(4, 4, recurrent_kernel_size=3), TypeError, "takes no recurrent_kernel_size"),
+    (lambda rnn: SepConvGRUCell(4, 4)(X, H[0]), TypeError, "h must be a list of 1 Tensors, got Tensor"),
     (lambda rnn: SepConvGRUCell(4, 4).step(X), ValueError, "x must be one frame"),
     (lambda rnn: StackedGRU_RCN([4, 4], [4], 3), ValueError, "nb_kernels must hold one entry for each of the 2 levels"),
     (lambda rnn: StackedGRU_RCN([4], [4], 3)(X), TypeError, "xs must be a list of 1 Tensors, got Tensor"),
@@ -188,6 +191,18 @@ MIN_CALLS = [
     (lambda rnn: MinGRU(4, 4, batch_first=False).step(S), ValueError, r"x must be one frame \(B, input_size\), got"),
     (lambda rnn: Bidirectional(MinGRU(4, 4, bidirectional=True)), TypeError, "rnn must be .* of one direction"),
     (lambda rnn: Bidirectional(rnn, MinGRU(4, [4, 6], batch_first=False)), ValueError, "must agree with rnn"),
+    (
+        lambda rnn: MinGRU(4, 4, batch_first=False)(S, reset=FLAGS.T),
+        ValueError,
+        r"reset must have shape \[2, 3\], got \[3, 2\]",
+    ),
+    (lambda rnn: rnn(S[:, 0], reset=FLAGS), ValueError, r"reset must have shape \[2\], got \[2, 3\]"),
+    (lambda rnn: rnn(S, [S[:, :1], None]), TypeError, r"h\[1\] must be a Tensor, got NoneType"),
+    (lambda rnn: rnn.step(pack_sequence([S[0]])), TypeError, "x must be a Tensor, got PackedSequence"),
+    (lambda rnn: MinGRUCell(4, 4, bias="no"), TypeError, "bias must be a bool, got 'no'"),
+    (lambda rnn: MinGRU(4, 4, gate_bias=float("nan")), ValueError, "gate_bias must be finite, got nan"),
+    (lambda rnn: MinConv2dGRU(4, 4, 7)(X), ValueError, r"x is too small: a kernel of \[7, 7\] .* meets \[5, 5\]"),
+    (lambda rnn: MinConv2dGRU(4, 4, 3, paddings=5, padding_mode="reflect")(X), ValueError, "x is too small"),
     (lambda rnn: MinGRUCell(4, 4)(S.half()), TypeError, "x must have the dtype of the parameters"),
     (lambda rnn: MinConv2dGRUCell(4, 4, (3, 3, 3)), ValueError, "kernel_size must be an int or a pair"),
     (lambda rnn: MinConv2dGRUCell(4, 4, 3, padding="valid"), ValueError, "padding must be 'same', got 'valid'"),

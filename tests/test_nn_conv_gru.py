@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import convrnn
-from convrnn import GRU_RCN, ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell
+from convrnn import GRU_RCN, ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell, SepConvGRUCell
 
 from .layer_reference import reference
 
@@ -326,3 +326,15 @@ def test_separable_cell(device):
     out, h = cell(x)
     assert_close((out[:, -1], h), (state[0], state))
     assert_close(cell.step(x[:, 1], cell(x[:, 0])[1]), (out[:, 1], h))
+
+
+@pytest.mark.parametrize("build", [ConvGRU, ConvGRUCell, SepConvGRUCell])
+def test_the_initial_state_is_no_view_of_the_learned_one(build, device):
+    rnn = build(3, 4, 3, learn_h0=True, device=device)
+    learned = [parameter for name, parameter in rnn.named_parameters() if name.endswith("h0")]
+    assert len(learned) == 1  # one update's, which reads the state that is carried on
+    with torch.no_grad():
+        rnn.init_hidden_state(torch.zeros(2, 3, 5, 5, device=device))[0][0].fill_(9.0)
+    assert not learned[0].any()
+    out, h_n = rnn(torch.zeros(2, 0, 3, 5, 5, device=device))
+    assert out.shape == (2, 0, 4, 5, 5) and h_n[0].shape == (2, 4, 5, 5)

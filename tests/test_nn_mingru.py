@@ -198,7 +198,41 @@ def test_initial_parameters(kind, device):
     rnn.reset_parameters()
     assert not any((parameter == 7.0).any() for parameter in rnn.parameters())
     assert torch.equal(before["layers.0.h0"], rnn.layers[0].h0)
+    assert kind(SIZE, 4, gate_bias=0.0, bias=False, device=device).layers[0].gate_hidden.bias is None
     assert (kind(SIZE, 4, gate_bias=-2.0, device=device).layers[0].gate_hidden.bias == -2.0).sum() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restart_from_a_small_learned_state_keeps_its_digits(dtype, device):
+    """With z = 0 the state is h0 for good, however often it begins anew."""
+    rnn = MinGRU(1, 1, learn_h0=True, gate_bias=-1e3, device=device, dtype=dtype)
+    with torch.no_grad():
+        rnn.layers[0].gate_hidden.weight.zero_()
+        rnn.layers[0].h0.fill_(1e-3)
+    out, h_n = rnn(torch.zeros(1, 3, 1, device=device, dtype=dtype), reset=torch.tensor([[0, 1, 0]], device=device) > 0)
+    assert out.dtype == h_n[0].dtype == dtype
+    assert_close(out, rnn.layers[0].h0.detach().expand_as(out), rtol=1e-4, atol=0)
+
+
+def test_the_initial_state_is_no_view_of_the_learned_one(device):
+    rnn = MinGRU(SIZE, 4, learn_h0=True, bidirectional=True, device=device)
+    with torch.no_grad():
+        for state in rnn.init_hidden_state(torch.zeros(2, 1, SIZE, device=device)):
+            state[0].fill_(9.0)
+    assert (rnn.layers[0].h0 == 0.5).all() and (rnn.layers[0].reverse.h0 == 0.5).all()
+
+
+def test_the_order_of_parameters_is_that_of_optimizers_checkpoints():
+    names = [name for name, _ in MinGRU(3, [4, 8], norm=True, residual=True).named_parameters()]
+    layer = ["norm.weight", "norm.bias", "gate_hidden.weight", "gate_hidden.bias", "res_align.weight"]
+    assert names == [f"layers.{i}.{name}" for i in (0, 1) for name in layer]
+
+
+def test_a_norm_of_several_modules_is_reset_too():
+    rnn = MinGRU(3, 4, norm=lambda size: torch.nn.Sequential(torch.nn.LayerNorm(size)))
+    torch.nn.init.constant_(rnn.layers[0].norm[0].weight, 7.0)
+    rnn.reset_parameters()
+    assert (rnn.layers[0].norm[0].weight == 1.0).all()
 
 
 def test_scripted_with_every_option(device):

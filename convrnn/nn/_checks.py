@@ -1,5 +1,6 @@
 """Argument checks of the modules: the first block runs in constructors, the second in ``forward`` and is scriptable."""
 
+import math
 import operator
 from typing import Any
 
@@ -52,11 +53,6 @@ def as_tuples(name: str, value: Any, minimum: int, num_layers: int, dims: int) -
     return [as_tuple(*entry, minimum, dims) for entry in _per_layer(name, value, num_layers)]
 
 
-def as_pairs(name: str, value: Any, minimum: int, num_layers: int) -> list[tuple[int, int]]:
-    """Returns an int for all layers, or a list with an int or a pair per layer, as one pair per layer."""
-    return [as_pair(*entry, minimum) for entry in _per_layer(name, value, num_layers)]
-
-
 def as_ints(name: str, value: Any, num_layers: int) -> list[int]:
     """Returns a positive int for all layers, or a list of one per layer, as the list."""
     return [as_int(*entry, 1) for entry in _per_layer(name, value, num_layers)]
@@ -98,6 +94,8 @@ def as_gate_bias(value: Any, chrono_max: Any, bias: bool) -> tuple[float | str, 
         raise TypeError(f"gate_bias must be a float or 'chrono', got {value!r} of type {type(value).__name__}")
     elif chrono_max is not None:
         raise ValueError(f"chrono_max must be None without gate_bias='chrono', got {chrono_max!r}")
+    elif not math.isfinite(value):
+        raise ValueError(f"gate_bias must be finite, got {value}")
     if value != 0.0 and not bias:
         raise ValueError(f"gate_bias must be 0 with bias=False, got {value!r}")
     return value, chrono_max

@@ -82,6 +82,15 @@ class Convolution:
             return [before for before, _ in self.pads], []
         return [0 for _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
 
+    @property
+    def least(self) -> list[int]:
+        """The smallest size of an input."""
+        found = []
+        for kernel, dilation, (before, after) in zip(self.kernel, self.dilation, self.pads, strict=True):
+            wide = {"reflect": max(before, after) + 1, "circular": max(before, after)}.get(self.mode, 0)
+            found.append(max(dilation * (kernel - 1) + 1 - before - after, wide))
+        return found
+
     def size(self, size: list[int]) -> list[int]:
         """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
         pads = [pad for pair in self.pads for pad in pair]
@@ -201,6 +210,7 @@ class Conv(nn.Module):
         self.padding, self.outer = convolution.paddings
         self.pads = [pad for pair in convolution.pads for pad in pair]
         self.groups, self.packed, self.mode = convolution.groups, packed, convolution.mode
+        self.least = convolution.least
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -212,6 +222,9 @@ class Conv(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        for i, least in enumerate(self.least):
+            if x.shape[i + 2] < least:
+                self.size(list(x.shape[2:]))  # which says what is wrong
         return convolve(
             x,
             self.weight,

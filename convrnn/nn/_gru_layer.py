@@ -1,19 +1,19 @@
 """One convolutional GRU layer in one direction: what GRU_RCN, StackedGRU_RCN and the ConvGRU family are made of."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrnn.ops import gru_gates, gru_update
+from convrnn.ops._check import autocast_is_on
 from convrnn.ops._codes import encode
 from convrnn.ops.gru_rcn import coded_gru_rcn
 
 from ..kernels.layout import state_dtype
 from ._convolution import Convolution
-from ._parts import Norm, fill_gate_bias, make_norm
+from ._parts import Norm, fill_gate_bias, make_norm, reset_parameters
 
 __all__ = ["GRULayer", "GRUParameters"]
 
@@ -72,7 +72,9 @@ def recur(
             z = z * live[:, t].view(-1, *ones)  # z = 0 leaves the state, to the last bit
         _, state = gru_update(frame[:, 2 * features :], hc, z, state)
         out.append(state.to(dtype))
-    return torch.stack(out, 1) if out else projection[:, :, :features], state.to(h.dtype)
+    if not out:
+        return projection[:, :, :features], h.clone()
+    return torch.stack(out, 1), state.to(h.dtype)
 
 
 class GRUParameters(nn.Module):
@@ -155,10 +157,7 @@ class GRUParameters(nn.Module):
                 nn.init.zeros_(vector)
         if self.bias is not None:
             fill_gate_bias(self.bias[: self.hidden_size], self.gate_bias, self.chrono_max)
-        norms: list[Any] = [self.norm_W, self.norm_U, self.norm_C]
-        for norm in norms:
-            if hasattr(norm, "reset_parameters"):
-                norm.reset_parameters()
+        reset_parameters(norm for norm in (self.norm_W, self.norm_U, self.norm_C) if norm is not None)
 
     def run_fused(self, x: Tensor, h: Tensor | None, codes: Tensor | None) -> tuple[Tensor, Tensor]:
         """The whole sequence in one op; scriptable."""
@@ -191,7 +190,10 @@ class GRULayer(GRUParameters):
         walks = not self.fused_recurrence or dropout > 0.0 or restarts_from_h0
         codes = None if walks else encode(restart, None if live is None else ~live)
         if self.fused and below is None and not walks:
-            return self.run_fused(x, self.initial_state(x) if h is None and self.h0 is not None else h, codes)
+            if h is None and self.h0 is not None:
+                low = autocast_is_on(x.device.type)  # the dtype of the projection, which is the op's here
+                h = self.initial_state(x).to(torch.get_autocast_dtype(x.device.type) if low else x.dtype)
+            return self.run_fused(x, h, codes)
         self.recurrent.size(self.input.size(list(x.shape[3:])))  # which refuse frames that are too small
         projection = self.project(x)
         if below is not None:

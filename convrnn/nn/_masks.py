@@ -11,10 +11,21 @@ from convrnn.ops._check import check_mask
 # All but run_packed is scriptable.
 
 
-def read_masks(x: Tensor, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Checks both for x (B, T, ...) and returns which frames its rows have, and which of these begin a sequence."""
-    check_mask("lengths", lengths, [x.shape[0]], False, "x", x)
-    check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+def read_masks(
+    x: Tensor, frame: bool, batch_first: bool, lengths: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns, (B, T), which frames the rows of x (B, T, ...) have, and which of these begin a sequence.
+
+    ``reset`` is checked as it was given: for a ``frame``, which x holds alone, or in the order of ``batch_first``.
+    """
+    batch, steps = x.shape[0], x.shape[1]
+    check_mask("lengths", lengths, [batch], False, "x", x)
+    check_mask("reset", reset, [batch] if frame else [batch, steps] if batch_first else [steps, batch], True, "x", x)
+    if reset is not None:
+        if frame:
+            reset = reset.unsqueeze(1)
+        elif not batch_first:
+            reset = reset.transpose(0, 1)
     live: Tensor | None = None
     if lengths is not None:
         live = live_frames(lengths, x)

@@ -1,12 +1,12 @@
 """What the layers of both families have beside their recurrence: normalisations, and the initial bias of the gate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Norm", "fill_gate_bias", "make_norm"]
+__all__ = ["Norm", "fill_gate_bias", "make_feature_norm", "make_norm", "reset_parameters"]
 
 Norm = bool | str | Callable[[int], nn.Module] | None
 
@@ -48,6 +48,15 @@ def _called(name: str, norm: Callable[[int], nn.Module], channels: int, factory:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must return a Module for a number of channels, got {type(module).__name__}")
     return module.to(**factory)
+
+
+def reset_parameters(modules: Iterable[Any]) -> None:
+    """Calls ``reset_parameters`` of each module, or of the modules in it where it has none of its own."""
+    for module in modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:
+            reset_parameters(module.children())
 
 
 @torch.no_grad()

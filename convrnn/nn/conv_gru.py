@@ -23,7 +23,7 @@ from ._checks import (
 from ._convolution import Conv, Size, Sizes, as_convolutions
 from ._gru_layer import GRULayer
 from ._masks import blank, read_masks, resets_before
-from ._parts import Norm, make_norm
+from ._parts import Norm, make_norm, reset_parameters
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
 
@@ -205,16 +205,12 @@ class ConvGRU(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
-        modules: list[Any] = [*self.layers, *self.backward_layers, *self.norms, *self.res_aligns]
-        for module in modules:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        reset_parameters([*self.layers, *self.backward_layers, *self.norms, *self.res_aligns])
 
     def forward(
         self,
         x: Tensor,
         h: list[Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -245,15 +241,13 @@ class ConvGRU(nn.Module):
         frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
         if frame:
             x = x.unsqueeze(1)
-            reset = reset.unsqueeze(1) if isinstance(reset, Tensor) else reset
         elif not self.batch_first:
             x = x.transpose(0, 1)
-            reset = reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() == 2 else reset
         layer: Any = self.layers[0]
         if not autocast_is_on(x.device.type):
             check_same_dtype("x", x, "the parameters", layer.W)
         check_states(h, self.num_layers * self.directions)
-        live, reset = read_masks(x, lengths, reset)
+        live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
         if live is not None:
             x = blank(x, live)
         states: list[Tensor] = []
@@ -304,7 +298,7 @@ class ConvGRU(nn.Module):
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             pair: list[Any] = [layer, *([self.backward_layers[i]] if self.directions == 2 else [])]
-            states += [direction.initial_state(x).to(x.dtype) for direction in pair]
+            states += [direction.initial_state(x).to(x.dtype, copy=True) for direction in pair]
             x = states[-1].unsqueeze(1)
         return states
 
@@ -466,16 +460,17 @@ class SepConvGRUCell(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, kernel_size: int = 5, **options: Any) -> None:
         super().__init__()
         length = as_int("kernel_size", kernel_size, 1)
-        if "stride" in options or "padding" in options:
-            raise TypeError("SepConvGRUCell keeps the size of a frame and takes no stride or padding")
+        if refused := {"stride", "padding", "recurrent_kernel_size"} & set(options):
+            raise TypeError(
+                f"SepConvGRUCell keeps the size of a frame and its kernels, and takes no {', '.join(sorted(refused))}"
+            )
         self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **options)
-        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **options)
+        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **{**options, "learn_h0": False})
 
     def forward(
         self,
         x: Tensor,
         h: list[Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -496,6 +491,7 @@ class SepConvGRUCell(nn.Module):
         time = 1 if self.horizontal.batch_first else 0
         check_mask("lengths", lengths, [x.shape[1 - time]], False, "x", x)
         check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+        check_states(h, 1)
         out: list[Tensor] = []
         state = self.init_hidden_state(x) if h is None else [*h]
         for t, frame in enumerate(x.unbind(time)):
@@ -503,7 +499,7 @@ class SepConvGRUCell(nn.Module):
             frame_out, state = self._update(frame, state, left, None if reset is None else reset.select(time, t))
             out.append(frame_out)
         if not out:
-            raise ValueError(f"x must hold at least one frame, got shape {list(x.shape)}")
+            return state[0].unsqueeze(time).narrow(time, 0, 0), state
         return torch.stack(out, time), state
 
     def _update(

@@ -236,8 +236,8 @@ class MinConv2dGRU(MinConvGRU):
         bias: learn the biases of the convolutions that the scan reads.
         norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
             least 4 channels), or a callable from a number of channels to a Module.
-        expand: channels of the state for each of the output, rounded down; a 1x1 convolution without bias brings them
-            back.
+        expand: channels of the state for each of the output, rounded down and at least 1; a 1x1 convolution without bias
+            brings them back.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
             draws it as the other biases.
         chrono_max: the longest dependency expected, in frames, for 'chrono'.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from convrnn.ops._codes import encode
 
-from ._checks import as_int, as_pair, check_sequence, check_shape
+from ._checks import as_bool, as_int, as_pair, check_sequence, check_shape
 from ._convolution import Convolution
 from ._gru_layer import GRUParameters
 from ._masks import blank, read_masks
@@ -70,13 +70,13 @@ class GRU_RCN(GRUParameters):
             nb_kernels,
             convolution,
             convolution,
-            bias=bool(bias),
+            bias=as_bool("bias", bias),
             recompute=bool(recompute),
             device=device,
             dtype=dtype,
         )
         self.in_channels, self.nb_kernels, self.kernel_size = in_channels, nb_kernels, convolution.kernel
-        self.batch_first = bool(batch_first)
+        self.batch_first = as_bool("batch_first", batch_first)
 
     def forward(
         self, x: Tensor, h: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -103,18 +103,13 @@ class GRU_RCN(GRUParameters):
             ValueError: a shape or a mask's device does not fit.
         """
         x, frame = self._clip(x)
-        if isinstance(reset, Tensor):
-            if frame:
-                reset = reset.unsqueeze(1)
-            elif not self.batch_first and reset.dim() == 2:
-                reset = reset.transpose(0, 1)
         if h is not None:
             shape = self._state_shape(x)
             if isinstance(h, Tensor) and h.dim() == 3:
                 check_shape("h", h, shape[1:])
                 h = h.expand(shape)
             check_shape("h", h, shape)
-        live, reset = read_masks(x, lengths, reset)
+        live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
         if live is None:
             out, h_n = self.run_fused(x, h, encode(reset, None))
         else:

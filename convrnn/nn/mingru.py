@@ -24,7 +24,7 @@ from ._checks import (
 )
 from ._convolution import Conv, Convolution
 from ._masks import blank, read_masks, resets_before, run_packed
-from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm
+from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm, reset_parameters
 
 __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
 
@@ -59,7 +59,7 @@ def projection(
 
 def state_size(size: int, expand: float) -> int:
     """Features of the state where the output has ``size``."""
-    return max(1, int(as_positive("expand", expand) * size))
+    return max(1, int(as_positive("expand", expand) * size + 1e-9))  # 0.29 * 100 is 29
 
 
 def check_read(x: Tensor, reader: nn.Module) -> None:
@@ -93,9 +93,12 @@ class MinGRUDirection(nn.Module):
         learn_h0: bool,
         batch_first: bool,
         backwards: bool,
+        norm: nn.Module | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
+        if norm is not None:
+            self.norm = norm  # first: the order of parameters is that of optimizers' checkpoints
         ones = () if convolution is None else tuple(1 for _ in convolution.kernel)
         pixel = None if convolution is None else Convolution(ones, ones, dilation=ones)
         self.size, self.lstm, self.batch_first, self.backwards = size, lstm, batch_first, backwards
@@ -109,8 +112,8 @@ class MinGRUDirection(nn.Module):
         """Initialises what the projections do not by themselves."""
         if self.h0 is not None:
             nn.init.constant_(self.h0, 0.5)
-        if self.gate_bias is not None:
-            bias: Any = self.gate_hidden.bias
+        bias: Any = self.gate_hidden.bias
+        if self.gate_bias is not None and bias is not None:
             gate = bias[: self.size]
             if self.lstm:  # z = i/(f+i): the input's gate is biased towards taking, the forget gate against keeping
                 gate = bias[self.size : 2 * self.size]
@@ -121,10 +124,7 @@ class MinGRUDirection(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
-        modules: list[Any] = [*self.children()]
-        for module in modules:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        reset_parameters(self.children())
         self.reset_own()
 
     def initial_state(self, x: Tensor, batch: int, size: list[int]) -> Tensor:
@@ -132,6 +132,15 @@ class MinGRUDirection(nn.Module):
         shape = [batch, 1, self.size] + size
         h0 = self.h0
         return x.new_full(shape, 0.5) if h0 is None else h0.expand(shape).to(x.dtype)
+
+    if TYPE_CHECKING:
+        forward: Any  # a layer's, below, takes other arguments
+    else:
+
+        def forward(
+            self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
+        ) -> tuple[Tensor, Tensor]:
+            return self.recur(frames, x, h, i, codes, resets)
 
     def recur(
         self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
@@ -148,14 +157,19 @@ class MinGRUDirection(nn.Module):
         h0 = self.h0
         if h0 is not None and h is None:
             h = self.initial_state(gate_hidden, gate_hidden.shape[0], list(gate_hidden.shape[3:]))
-        out, h_n = scan(gate_hidden, h, i, codes)
-        if h0 is not None and resets:
-            # The scan begins anew at 1/2. It is linear in the state: what h0 has beyond that decays beside it.
-            gate = gate_hidden[:, :, : self.size]
+        if h0 is not None and h is not None and resets:
+            # The scan begins anew at 1/2. It is linear in the state: what h0 has beyond that decays beside it; in float32,
+            # for where h0 is small the two cancel.
+            dtype = torch.promote_types(gate_hidden.dtype, torch.float32)
+            precise = gate_hidden.to(dtype)
+            gate = precise[:, :, : self.size]
             nothing = torch.full_like(gate, -1e4)  # g of it is zero
+            out, h_n = scan(precise, h.to(dtype), i, codes)
             decay, decay_n = scan(torch.cat((gate, nothing), 2), torch.zeros_like(h_n), i, codes)
-            beyond = 2.0 * h0 - 1.0
-            out, h_n = out + decay * beyond, h_n + decay_n * beyond
+            beyond = 2.0 * h0.to(dtype) - 1.0
+            out, h_n = (out + decay * beyond).to(gate_hidden.dtype), (h_n + decay_n * beyond).to(h.dtype)
+        else:
+            out, h_n = scan(gate_hidden, h, i, codes)
         if self.backwards:
             out = out.flip(1)
         if not self.batch_first:
@@ -171,8 +185,7 @@ class MinGRULayer(MinGRUDirection):
     def __init__(
         self, *sizes: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
     ) -> None:
-        super().__init__(*sizes, backwards=False, **options)
-        self.norm = norm
+        super().__init__(*sizes, backwards=False, norm=norm, **options)
         self.reverse = MinGRUDirection(*sizes, backwards=True, **options) if bidirectional else None
         self.res_align = res_align
 
@@ -195,7 +208,7 @@ class MinGRULayer(MinGRUDirection):
         out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
         states = [h_n]
         if self.reverse is not None:
-            back, h_n = self.reverse.recur(read, x, None if h is None else h[i + 1], i + 1, codes_back, resets)
+            back, h_n = self.reverse(read, x, None if h is None else h[i + 1], i + 1, codes_back, resets)
             out = torch.cat((out, back), 2)
             states.append(h_n)
         if self.res_align is not None:
@@ -255,14 +268,14 @@ class MinGRUBase(nn.Module):
         frame = check_sequence(x, self.layout, self.layer_sizes[0])
         if frame:
             x = x.unsqueeze(1)
-            if isinstance(reset, Tensor):
-                reset = reset.unsqueeze(1)
         elif not self.batch_first:
             x = x.transpose(0, 1)
-            if isinstance(reset, Tensor) and reset.dim() == 2:
-                reset = reset.transpose(0, 1)
         check_states(h, self.num_states)
-        live, reset = read_masks(x, lengths, reset)
+        if h is not None:
+            for i, state in enumerate(h):
+                if not isinstance(state, Tensor):
+                    raise TypeError(f"h[{i}] must be a Tensor, got {type(state).__name__}")
+        live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
         hold: Tensor | None = None
         if live is not None:
             hold = ~live
@@ -292,7 +305,9 @@ class MinGRUBase(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
-        if isinstance(x, Tensor) and x.dim() != self.layout.count(","):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+        if x.dim() != self.layout.count(","):
             raise ValueError(f"x must be one frame {self.layout.replace('S, ', '', 1)}, got shape {list(x.shape)}")
         return self(x, h, reset=reset)
 
@@ -395,9 +410,9 @@ class MinGRUStack(MinGRUBase):
         for layer in self.layers:
             if hasattr(layer.gate_hidden, "size"):  # the one of a convolution
                 size = layer.gate_hidden.size(size)
-            states.append(layer.initial_state(x, batch, size))
+            states.append(layer.initial_state(x, batch, size).clone())  # not a view of what is learned
             if layer.reverse is not None:
-                states.append(layer.reverse.initial_state(x, batch, size))
+                states.append(layer.reverse.initial_state(x, batch, size).clone())
         return states
 
     def reset_parameters(self) -> None:
@@ -450,7 +465,7 @@ class MinGRUCell(MinGRUBase):
         sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
         super().__init__("(B, S, input_size)", sizes)
         self.to_gate_hidden = nn.Linear(
-            self.layer_sizes[0], 2 * self.layer_sizes[1], bias=bias, device=device, dtype=dtype
+            self.layer_sizes[0], 2 * self.layer_sizes[1], bias=as_bool("bias", bias), device=device, dtype=dtype
         )
 
     def run(
@@ -487,11 +502,12 @@ class MinGRU(MinGRUStack):
             features to a Module.
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a Linear without bias where their sizes differ.
-        expand: features of the state for each of the output, rounded down; a Linear without bias brings them back.
+        expand: features of the state for each of the output, rounded down and at least 1; a Linear without bias brings them back.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
             draws it as the other biases.
         chrono_max: the longest dependency expected, in steps, for 'chrono'.
-        learn_h0: learn the state before the first step, one number a feature, which starts at 1/2.
+        learn_h0: learn the state before the first step, one number a feature, which starts at 1/2. ``reset`` then takes a
+            second scan.
         bidirectional: a second direction in each layer, with weights of its own, reads the sequence from its end; its
             output joins the other's over the features.
         batch_first: True for sequences (B, S, ...), False for (S, B, ...).

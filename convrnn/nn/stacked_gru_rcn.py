@@ -102,7 +102,6 @@ class StackedGRU_RCN(nn.Module):
         self,
         xs: Sequence[Tensor],
         h: list[Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -130,12 +129,7 @@ class StackedGRU_RCN(nn.Module):
         """
         maps, frame = self._maps(xs)
         check_states(h, len(self.levels))
-        if isinstance(reset, Tensor):
-            if frame:
-                reset = reset.unsqueeze(1)
-            elif not self.batch_first and reset.dim() == 2:
-                reset = reset.transpose(0, 1)
-        live, reset = read_masks(maps[0], lengths, reset)
+        live, reset = read_masks(maps[0], frame, self.batch_first, lengths, reset)
         if live is not None:
             maps = [blank(x, live) for x in maps]
         outs: list[Tensor] = []

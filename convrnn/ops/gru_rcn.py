@@ -36,7 +36,8 @@ def gru_rcn(
     ``recompute`` only; a double backward finds it from [z, r, c], with their rounding.
 
     Where ``reset``, h_{t-1} is zero instead, and where ``hold``, h_t = h_{t-1}; where both, h_t is zero. What is forgotten
-    and what is held out of the recurrence has no influence, be it NaN, and gets no gradient.
+    and what is held out of the recurrence has no influence on what follows, be it NaN, and gets no gradient from it. (A frame
+    that is NaN has NaN in its own gradients; hold it.)
 
     On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.

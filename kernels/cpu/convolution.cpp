@@ -103,7 +103,8 @@ template <class A>
 template <class T>
 Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
     : shape_(shape),
-      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.tile() < 4 && shape.in.lanes() % 2 == 0),
+      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.tile() < 4 && shape.in.lanes() % 2 == 0 &&
+             shape.frame.size.depth == 1),  // of a volume each part would round most, again and again
       tile_(pairs_ ? 0 : shape.tile()) {
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
@@ -227,12 +228,10 @@ void Convolution<A>::pairs([[maybe_unused]] const A* in, [[maybe_unused]] const 
     const Frame& frame = shape_.frame;
     const Size &size = frame.size, &kernel = shape_.kernel;
     const int64_t lanes = shape_.in.lanes(), first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
-    int64_t begin = 0, end = frame.pixels();  // pixels that the part reads
-    if (size.depth == 1) {
-      const int64_t row = part.row_begin - shape_.before.height, rows = part.row_end - part.row_begin + kernel.height - 1;
-      begin = (frame.top + std::max<int64_t>(0, row)) * frame.width;
-      end = (frame.top + std::min(size.height, row + rows)) * frame.width;
-    }
+    // Pixels that the part reads.
+    const int64_t row = part.row_begin - shape_.before.height, rows = part.row_end - part.row_begin + kernel.height - 1;
+    const int64_t begin = (frame.top + std::max<int64_t>(0, row)) * frame.width;
+    const int64_t end = (frame.top + std::min(size.height, row + rows)) * frame.width;
     auto* const rounded = reinterpret_cast<c10::BFloat16*>(scratch);
     std::vector<PairFactors> factors;
     for (int64_t f = 0; f < batch.frames; ++f) {

@@ -324,7 +324,8 @@ def test_what_a_graph_leaves_is_checked(monkeypatch, case, empty):
 
 def test_graphs_are_compared_among_themselves():
     def row(provider, ms):
-        return Row("c", "op", (1,), "float32", "op", provider, "step", [ms], [0], flop=1, bytes=1, error=0.0)
+        sweeps = list(range(5))
+        return Row("c", "op", (1,), "float32", "op", provider, "step", [ms] * 5, sweeps, flop=1, bytes=1, error=0.0)
 
     rows = [row(OURS, 4.0), row("plain", 6.0), row(OURS + GRAPH, 2.0), row("plain" + GRAPH, 1.0)]
     add_speedups(rows)
@@ -332,3 +333,5 @@ def test_graphs_are_compared_among_themselves():
     assert [best_baseline(row, rows).provider for row in rows] == ["plain", "plain", "plain" + GRAPH, "plain" + GRAPH]
     assert [row.ours for row in rows] == [True, False, True, False]
     assert [row.verdict for row in rows] == ["faster", "undecided", "slower", "undecided"]
+    rows[0].sweeps = [0, 0, 1, 2, 3]  # too few to tell, however they agree
+    assert rows[0].verdict == "undecided"

@@ -85,7 +85,7 @@ def speedup(results: Results) -> Figure | None:
         results,
         "Speed-up of convrnn over the best baseline",
         [Patch(color=PASSES[p], label=WORDS.get(p, p)) for p in PASSES if any(row.what == p for row in rows)],
-        "Bars: median of turns; whiskers: 20th to 80th percentile. Numbers: every loss, and the last pass of a case. "
+        "Bars: median of turns; whiskers: lowest to highest sweep. Numbers: every loss, and the last pass of a case. "
         "Baseline: the fastest provider that is not convrnn, under torch.compile too where that was timed. "
         "float32 unless named." + refusals(results, tabled),
         sum(heights) + 0.55 * len(heights) + 0.45,

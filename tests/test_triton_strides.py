@@ -102,6 +102,6 @@ def test_gru_rcn_backward() -> None:
     near, far = zip(*(frame(seed) for seed in range(1, 11)), strict=True)
     for dh, *others in (near, far):
         with guarded():
-            gru_gates.launch_step(gru_rcn.gru_rcn_bwd_candidate_kernel, dh, dh, *others)
-            gru_gates.launch_step(gru_rcn.gru_rcn_bwd_reset_kernel, dh, dh, *others[:5])
+            gru_gates.launch_step(gru_rcn.gru_rcn_bwd_candidate_kernel, dh, dh, *others, codes=(None,))
+            gru_gates.launch_step(gru_rcn.gru_rcn_bwd_reset_kernel, dh, dh, *others[:5], codes=(None,))
     assert_same(near, far)

@@ -17,10 +17,9 @@ from .layout import state_dtype
 
 NUM_WARPS = 4
 WARP = 32  # threads
-RESTART, HOLD = (
-    tl.constexpr(1),
-    tl.constexpr(2),
-)  # bits of a frame's code: restart the state before it, hold it through it
+# Bits of a frame's code: restart the state before it, hold it through it.
+RESTART = tl.constexpr(1)
+HOLD = tl.constexpr(2)
 VECTOR_BYTES = 16
 
 

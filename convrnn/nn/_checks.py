@@ -103,20 +103,23 @@ def as_gate_bias(value: Any, chrono_max: Any, bias: bool) -> tuple[float | str, 
 
 def as_probability(name: str, value: Any) -> float:
     """Returns ``value`` as a float in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
+    if not 0.0 <= _as_number(name, value) <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
     return float(value)
 
 
 def as_positive(name: str, value: Any) -> float:
     """Returns ``value`` as a finite float greater than zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
-    if not 0.0 < value < float("inf"):
+    if not 0.0 < _as_number(name, value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
+
+
+def _as_number(name: str, value: Any) -> float:
+    """Returns ``value``, which must be an int or a float; bool is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
+    return value
 
 
 def check_input(x: Tensor, layout: str, channels: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_mask, check_same_device, check_same_dtype
+from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
 
 from ._checks import (
     as_bool,
@@ -489,14 +489,14 @@ class SepConvGRUCell(nn.Module):
         if check_clip(x, 2, self.horizontal.input_size, self.horizontal.batch_first):
             return self._update(x, h, lengths, reset)
         time = 1 if self.horizontal.batch_first else 0
-        check_mask("lengths", lengths, [x.shape[1 - time]], False, "x", x)
-        check_mask("reset", reset, list(x.shape[:2]), True, "x", x)
+        clip = x if time == 1 else x.transpose(0, 1)
+        live, reset = read_masks(clip, False, self.horizontal.batch_first, lengths, reset)
         check_states(h, 1)
         out: list[Tensor] = []
         state = self.init_hidden_state(x) if h is None else [*h]
-        for t, frame in enumerate(x.unbind(time)):
-            left = None if lengths is None else lengths.long() - t
-            frame_out, state = self._update(frame, state, left, None if reset is None else reset.select(time, t))
+        for t, frame in enumerate(clip.unbind(1)):
+            there = None if live is None else live[:, t].long()  # one frame of a row, or none
+            frame_out, state = self._update(frame, state, there, None if reset is None else reset[:, t])
             out.append(frame_out)
         if not out:
             return state[0].unsqueeze(time).narrow(time, 0, 0), state

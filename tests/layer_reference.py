@@ -120,7 +120,7 @@ def run(step, initial, layer, frames, h, cuts, backward):
 def gru_layer(rnn, i, frames, states, cuts):
     """A layer of ConvGRU over a row's frames: its outputs, and the last state of each direction."""
     read = [rnn.norms[i](frame) for frame in frames]
-    directions = [rnn.layers[i], *([rnn.backward_layers[i]] if rnn.directions == 2 else [])]
+    directions = [rnn.layers[i], *([rnn.backward_layers[i]] if rnn.bidirectional else [])]
     found = [
         run(step, gru_initial, direction, read, h, cuts, backward=j == 1)
         for j, (direction, h) in enumerate(zip(directions, states, strict=True))

@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
 from ._masks import live_frames, resets_before, reverse, run_packed
-from .conv_gru import ConvGRU, SepConvGRUCell
+from .conv_gru import ConvGRU
+from .conv_gru_cell import SepConvGRUCell
 from .gru_rcn import GRU_RCN
 from .mingru import MinGRUBase
 from .stacked_gru_rcn import StackedGRU_RCN
@@ -188,9 +189,9 @@ def _kind(name: str, rnn: Any) -> tuple[bool, int, int, int, bool]:
     if isinstance(rnn, StackedGRU_RCN):
         return False, len(rnn.levels), time, 4, True
     if isinstance(rnn, SepConvGRUCell):
-        return False, 1, 1 if rnn.horizontal.batch_first else 0, 4, False
-    if isinstance(rnn, ConvGRU) and rnn.directions == 1:
-        return False, rnn.num_layers, time, rnn.spatial_dims + 2, False
+        return False, 1, time, 4, False
+    if isinstance(rnn, ConvGRU) and not rnn.bidirectional:
+        return False, rnn.num_states, time, rnn.spatial_dims + 2, False
     if isinstance(rnn, MinGRUBase) and not rnn.bidirectional:
         return False, rnn.num_states, time, rnn.layout.count(","), False
     raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")

@@ -24,7 +24,7 @@ from ._checks import (
 )
 from ._convolution import Conv, Convolution
 from ._masks import blank, read_masks, resets_before, run_packed
-from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm, reset_parameters
+from ._parts import Norm, described, fill_gate_bias, make_feature_norm, make_norm, reset_parameters
 
 __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
 
@@ -231,10 +231,13 @@ class MinGRUBase(nn.Module):
     def __init__(self, layout: str, sizes: list[int], batch_first: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
         self.layout = layout if batch_first else layout.replace("(B, S,", "(S, B,")
-        self.layer_sizes = tuple(sizes)
+        self.input_size, self.layer_sizes = sizes[0], tuple(sizes)
         self.num_layers = len(sizes) - 1
         self.num_states = (2 if bidirectional else 1) * self.num_layers
         self.batch_first, self.bidirectional = batch_first, bidirectional
+
+    def extra_repr(self) -> str:
+        return described(self)
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -265,7 +268,7 @@ class MinGRUBase(nn.Module):
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
             return run_packed(self, x, h, lengths, reset, self.batch_first)
-        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        frame = check_sequence(x, self.layout, self.input_size)
         if frame:
             x = x.unsqueeze(1)
         elif not self.batch_first:
@@ -339,14 +342,10 @@ class MinGRUStack(MinGRUBase):
         **factory: Any,
     ) -> None:
         super().__init__(layout, sizes, as_bool("batch_first", batch_first), as_bool("bidirectional", bidirectional))
-        residual = as_bool("residual", residual)
-        start, chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, as_bool("bias", bias))
-        options: dict[str, Any] = {
-            "bias": bias,
-            "gate_bias": None if gate_bias is None else start,
-            "chrono_max": chrono_max,
-            "learn_h0": as_bool("learn_h0", learn_h0),
-        }
+        self.residual, self.bias = as_bool("residual", residual), as_bool("bias", bias)
+        start, self.chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, bias)
+        self.gate_bias, self.learn_h0 = None if gate_bias is None else start, as_bool("learn_h0", learn_h0)
+        self.norm, self.expand = norm, as_positive("expand", expand)
         self.hidden_sizes = sizes[1:]
         self.dropout = as_probability("dropout", dropout)
         self.layers = nn.ModuleList()
@@ -371,22 +370,13 @@ class MinGRUStack(MinGRUBase):
                 bidirectional=bidirectional,
                 batch_first=batch_first,
                 lstm=self.lstm,
-                **options,
+                bias=bias,
+                gate_bias=self.gate_bias,
+                chrono_max=self.chrono_max,
+                learn_h0=learn_h0,
                 **factory,
             )
             self.layers.append(layer)
-        described = {
-            "hidden_sizes": self.hidden_sizes,
-            "norm": norm,
-            "dropout": self.dropout,
-            "residual": residual,
-            "expand": None if expand == 1.0 else expand,
-            **options,
-            "bias": None if bias else "False",
-            "bidirectional": bidirectional,
-            "batch_first": None if batch_first else "False",
-        }
-        self.description = ", ".join(f"{name}={value}" for name, value in described.items() if value)
 
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
@@ -403,7 +393,7 @@ class MinGRUStack(MinGRUBase):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for, of x's dtype and device: 1/2, or those learned."""
-        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        frame = check_sequence(x, self.layout, self.input_size)
         batch = x.shape[0] if frame or self.batch_first else x.shape[1]
         size = list(x.shape[2:]) if frame else list(x.shape[3:])
         states: list[Tensor] = []
@@ -419,9 +409,6 @@ class MinGRUStack(MinGRUBase):
         """Initialises all parameters anew, as the constructor did."""
         for layer in self.layers:
             layer.reset_parameters()
-
-    def extra_repr(self) -> str:
-        return f"{self.layer_sizes[0]}, {self.description}"
 
 
 class MinGRUCell(MinGRUBase):
@@ -464,9 +451,8 @@ class MinGRUCell(MinGRUBase):
     ) -> None:
         sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
         super().__init__("(B, S, input_size)", sizes)
-        self.to_gate_hidden = nn.Linear(
-            self.layer_sizes[0], 2 * self.layer_sizes[1], bias=as_bool("bias", bias), device=device, dtype=dtype
-        )
+        self.hidden_size, self.bias = sizes[1], as_bool("bias", bias)
+        self.to_gate_hidden = nn.Linear(self.input_size, 2 * self.hidden_size, bias=bias, device=device, dtype=dtype)
 
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
@@ -479,8 +465,8 @@ class MinGRUCell(MinGRUBase):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden_size)], of x's dtype and device."""
-        check_sequence(x, self.layout, self.layer_sizes[0])
-        return [x.new_full([x.shape[0], 1, self.layer_sizes[1]], 0.5)]
+        check_sequence(x, self.layout, self.input_size)
+        return [x.new_full([x.shape[0], 1, self.hidden_size], 0.5)]
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""

@@ -11,6 +11,7 @@ from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, ch
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
 from ._masks import blank, read_masks
+from ._parts import described
 
 __all__ = ["StackedGRU_RCN"]
 
@@ -78,10 +79,11 @@ class StackedGRU_RCN(nn.Module):
                 f"got {len(self.nb_kernels)}"
             )
         self.batch_first = as_bool("batch_first", batch_first)
-        self.convolution = Convolution(as_pair("kernel_size", kernel_size, 1))
+        self.kernel_size, self.bias = as_pair("kernel_size", kernel_size, 1), as_bool("bias", bias)
+        self.convolution = Convolution(self.kernel_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.levels = nn.ModuleList(
-            GRULayer(size_in, size, self.convolution, self.convolution, bias=as_bool("bias", bias), **factory)
+            GRULayer(size_in, size, self.convolution, self.convolution, bias=bias, **factory)
             for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
         )
         self.bottom_up = _Weights(
@@ -190,4 +192,4 @@ class StackedGRU_RCN(nn.Module):
         return maps, frames[0]
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.convolution.kernel}"
+        return described(self)

@@ -146,6 +146,19 @@ def test_every_layer_is_called_the_same_way(kind):
         assert [p.name for p in factory] == ["device", "dtype"] or kind is layers.SepConvGRUCell
 
 
+@pytest.mark.parametrize("kind", [*KINDS, layers.Bidirectional])
+def test_parameters_are_drawn_anew(kind):
+    rnn = (
+        kind(**required(kind))
+        if kind in KINDS
+        else kind(layers.MinGRU(4, 4, norm=True), layers.MinGRU(4, 4, norm=True))
+    )
+    for parameter in rnn.parameters():
+        nn.init.constant_(parameter, 3.0)
+    rnn.reset_parameters()
+    assert not any((parameter == 3.0).any() for parameter in rnn.parameters())
+
+
 def test_all_that_is_public_has_an_example():
     """pytest runs them (--doctest-modules)."""
     modules = (convrnn, convrnn.convert, convrnn.distributed, convrnn.state)

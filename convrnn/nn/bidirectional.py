@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
 from ._masks import live_frames, resets_before, reverse, run_packed
+from ._parts import reset_parameters
 from .conv_gru import ConvGRU
 from .conv_gru_cell import SepConvGRUCell
 from .gru_rcn import GRU_RCN
@@ -69,6 +70,10 @@ class Bidirectional(nn.Module):
         self.single_state, self.num_states, self.time_dim, self.frame_dims, self.takes_levels = kind
         self.rnn = rnn
         self.backward_rnn = backward_rnn
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters of both layers anew, as their constructors did."""
+        reset_parameters(self.children())
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None

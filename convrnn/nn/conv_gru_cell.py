@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ._checks import as_int, check_clip, check_states
 from ._convolution import Size
 from ._masks import read_masks
-from ._parts import Norm, described
+from ._parts import Norm, described, reset_parameters
 from .conv_gru import ConvGRU
 
 __all__ = ["ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
@@ -109,7 +109,8 @@ class ConvGRUCell(ConvGRU):
         )
         (self.hidden_size,), (self.kernel_size,), (self.stride,) = self.hidden_sizes, self.kernel_sizes, self.strides
         (self.dilation,), (self.recurrent_dilation,) = self.dilations, self.recurrent_dilations
-        (self.recurrent_kernel_size,) = self.recurrent_kernel_sizes or [None]
+        recurrent = self.recurrent_kernel_sizes
+        self.recurrent_kernel_size = None if recurrent is None else recurrent[0]
         self.padding = self.paddings if isinstance(self.paddings, str) else self.paddings[0]
         self.groups, self.recurrent_groups = groups, recurrent_groups
 
@@ -176,6 +177,10 @@ class SepConvGRUCell(nn.Module):
         self.input_size, self.hidden_size = self.horizontal.input_size, self.horizontal.hidden_size
         self.kernel_size, self.batch_first = length, self.horizontal.batch_first
         self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **{**options, "learn_h0": False})
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        reset_parameters(self.children())
 
     def forward(
         self,

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ._checks import as_bool, as_int, as_sizes, check_sequence
 from ._convolution import Conv, Size, Sizes, as_convolutions
+from ._mingru_layer import check_read, scan
 from ._parts import Norm
-from .mingru import MinGRUBase, MinGRUStack, check_read, scan, state_size
+from .mingru import MinGRUBase, MinGRUStack, state_size
 
 __all__ = [
     "MinConv1dGRU",

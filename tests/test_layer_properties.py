@@ -220,7 +220,7 @@ class Runner:
 
 
 @pytest.mark.parametrize("layers", [gru_layers, mingru_layers, other_layers])
-@hypothesis.settings(max_examples=12 if INTERPRETED else 60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=10 if INTERPRETED else 60, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_layer_equals_its_reference(layers, data):
     drawn = data.draw(layers())

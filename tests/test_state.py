@@ -60,6 +60,7 @@ def test_truncated_bptt_cuts_gradients_and_nothing_else():
     assert final[0].requires_grad and not state.detach(final)[0].requires_grad
 
 
+@pytest.mark.compiled
 def test_truncated_bptt_cuts_masks_and_lists_too():
     rnn = convrnn.StackedGRU_RCN([2, 2], [3, 4], 3, batch_first=False)
     xs = [torch.randn(T, B, 2, size, size) for size in (6, 3)]

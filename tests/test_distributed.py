@@ -46,14 +46,14 @@ def inputs(case):
     packed = torch.randn(B, T, 2 * C, *S, generator=generator, dtype=torch.float64) * scale
     packed[:, :, :C] += shift
     if held := masks(case):
-        packed[held["hold"]] = float("nan")
+        packed[:2][held["hold"][:2]] = float("nan")
     h0 = torch.randn(B, C, *S, generator=generator, dtype=torch.float64) if with_h0 else None
     upstream = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, T, C, *S), (B, C, *S))]
     return [None if x is None else x.to(dtype) for x in (packed, h0, *upstream)]
 
 
 def masks(case):
-    """Resets on no rank, on one, and on the first step of a rank; frames that are held, NaN, and all of a rank's."""
+    """Resets on no rank, on one, and on the first step of a rank; frames that are held, all of a rank's among them."""
     _, B, T, *_, masked = case
     if masked is not True:
         return {}

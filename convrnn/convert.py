@@ -45,6 +45,10 @@ class Gates(NamedTuple):
         name: its name in the ``state_dict``: ``name.weight`` and maybe ``name.bias``.
         gates: what it computes, in the order of its output channels: letters of 'z' (update), 'r' (reset) and 'c'.
         reads: what it reads, in the order of its input channels: 'xh', 'hx', 'x' or 'h'.
+
+    Example:
+        >>> Gates("conv_gates", "rz", "xh")  # one convolution of [x, h], the reset gate first
+        Gates(name='conv_gates', gates='rz', reads='xh')
     """
 
     name: str
@@ -156,7 +160,7 @@ def from_ballas2016(state_dict: StateDict, *, prefix: str = "", batch_first: boo
     Example:
         >>> rnn = from_ballas2016(GRU_RCN(5, 8, 3).state_dict())
         >>> rnn
-        GRU_RCN(5, 8, kernel_size=(3, 3), batch_first=True, bias=False)
+        GRU_RCN(5, 8, (3, 3))
     """
     own = _under(state_dict, prefix)
     missing = [name for name in ("W", "U", "C") if name not in own or own[name].dim() != 4]
@@ -239,8 +243,8 @@ def from_raft(state_dict: StateDict, *, prefix: str = "") -> ConvGRUCell | SepCo
     Example:
         >>> conv = lambda: torch.nn.Conv2d(4 + 3, 4, 3, padding=1)
         >>> gates = torch.nn.ModuleDict({"convz": conv(), "convr": conv(), "convq": conv()})
-        >>> from_raft(gates.state_dict()).hidden_sizes
-        [4]
+        >>> from_raft(gates.state_dict()).hidden_size
+        4
     """
 
     def cell(pattern: str) -> ConvGRUCell:
@@ -252,11 +256,11 @@ def from_raft(state_dict: StateDict, *, prefix: str = "") -> ConvGRUCell | SepCo
             first, second = cell(pattern.format(1)), cell(pattern.format(2))
             W = first.state_dict()["layers.0.W"]
             length = W.shape[3]
-            if first.kernel_sizes != [(1, length)] or second.kernel_sizes != [(length, 1)]:
+            if first.kernel_size != (1, length) or second.kernel_size != (length, 1):
                 raise ValueError("state_dict must hold kernels 1 x k and then k x 1")
             both = SepConvGRUCell(
                 W.shape[1],
-                first.hidden_sizes[0],
+                first.hidden_size,
                 length,
                 bias="layers.0.bias" in first.state_dict(),
                 device=W.device,

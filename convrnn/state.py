@@ -108,8 +108,15 @@ def resize(state: Any, batch: int, initial: Any) -> Any:
 
 
 def truncated_bptt(
-    rnn: Callable[..., tuple[Tensor, Any]], x: Tensor, steps: int, state: Any = None, time_dim: int = 1
-) -> Iterator[tuple[slice, Tensor, Any]]:
+    rnn: Callable[..., tuple[Any, Any]],
+    x: Any,
+    steps: int,
+    state: Any = None,
+    time_dim: int = 1,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Iterator[tuple[slice, Any, Any]]:
     """Runs ``rnn`` over ``x`` in chunks of ``steps`` frames; gradients reach to the start of a chunk and no further.
 
     Yields for each chunk its place in time, its output and the state behind it. Call ``backward`` before asking for the
@@ -117,12 +124,15 @@ def truncated_bptt(
 
     Args:
         rnn: a layer, or what takes (x, state) and returns (out, state).
-        x: the sequence.
+        x: the sequence; a list of them for StackedGRU_RCN.
         steps: frames of a chunk; the last one may have fewer.
         state: the state before the first frame.
-        time_dim: dimension of time of x.
+        time_dim: dimension of time of x, 0 for a layer with ``batch_first=False``.
+        lengths: (B,) frames of each row of the whole sequence; each chunk gets what is left of them.
+        reset: bool of the shape of x's first two dimensions, as the layer takes it.
 
     Raises:
+        TypeError: ``x`` is no Tensor and no list of them.
         ValueError: ``steps`` is not positive.
 
     Source:
@@ -139,9 +149,20 @@ def truncated_bptt(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive int, got {steps!r}")
-    for start in range(0, x.shape[time_dim], steps):
-        span = slice(start, min(start + steps, x.shape[time_dim]))
-        out, state = rnn(x.narrow(time_dim, start, span.stop - start), state)
+    leaves = tree_flatten(x)[0]
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError(f"x must be a Tensor or a list of Tensors, got {type(x).__name__}")
+    total = leaves[0].shape[time_dim]
+    for start in range(0, total, steps):
+        span = slice(start, min(start + steps, total))
+
+        def part(y: Tensor, span: slice = span) -> Tensor:
+            return y.narrow(time_dim, span.start, span.stop - span.start)
+
+        masks = {} if lengths is None else {"lengths": lengths - start}
+        if reset is not None:
+            masks["reset"] = part(reset)
+        out, state = rnn(tree_map(part, x), state, **masks)
         yield span, out, state
         state = detach(state)
 

@@ -1,14 +1,16 @@
-"""The stacks once more, one gate, one row and one episode at a time: the truth that their tests compare with.
+"""All layers once more, one gate, one row and one frame at a time: the truth that their tests compare with.
 
 It reads a module's parameters and the sizes of its convolutions, and shares no code with it: no packed convolution, no
 padded batch, no mask, no parallel scan.
 """
 
-import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+from convrnn import GRU_RCN, Bidirectional, ConvGRU, SepConvGRUCell, StackedGRU_RCN
 
 
 def convolve(x, weight, depthwise, conv):
@@ -34,8 +36,8 @@ def normalise(x, norm, gate):
     return F.group_norm(x, groups, norm.weight[rows], norm.bias[rows], norm.eps)
 
 
-def step(layer, x, h):
-    """x (1, in, *S) and h (1, C, *S') to h'."""
+def step(layer, x, h, below=(0.0, 0.0)):
+    """x (1, in, *S) and h (1, C, *S') to h'; ``below`` joins what z and r read."""
     size = layer.hidden_size
     ones = (1,) * (x.dim() - 2)
 
@@ -53,7 +55,7 @@ def step(layer, x, h):
         out = normalise(convolve(state, layer.C, layer.C_depthwise, layer.recurrent), layer.norm_C, 0)
         return out if layer.recurrent_bias is None else out + layer.recurrent_bias.view(1, -1, *ones)
 
-    z, r = (torch.sigmoid(of_input(gate) + of_state(gate)) for gate in (0, 1))
+    z, r = (torch.sigmoid(of_input(gate) + below[gate] + of_state(gate)) for gate in (0, 1))
     c = torch.tanh(of_input(2) + (r * candidate(h) if layer.reset_after else candidate(r * h)))
     z = z * (1 - layer.zoneout)
     return (1 - z) * h + z * c
@@ -101,28 +103,29 @@ def mingru_initial(direction, h):
     return torch.full_like(h, 0.5) if direction.h0 is None else direction.h0.expand_as(h[0, 0])[None, None]
 
 
-def run(step, initial, layer, frames, h, cuts, backward):
-    """A row's frames, episode by episode; the states in the order of time, and the last one."""
-    starts = [0, *(t for t in cuts if t > 0), len(frames)]
-    episodes = [list(range(a, b)) for a, b in itertools.pairwise(starts)]
-    fresh = [0 in cuts] + [True] * (len(episodes) - 1)
+def turned(cuts, steps):
+    """The cuts as the direction from the end meets them: frame t-1 begins anew where frame t does in this one."""
+    return [steps - t for t in cuts if t > 0]
+
+
+def run(step, initial, frames, h, cuts, backward=False):
+    """A row's frames, one after another; the states in the order of time, and the last one."""
     if backward:
-        episodes, fresh = [episode[::-1] for episode in episodes[::-1]], [False] + [True] * (len(episodes) - 1)
-    out = [None] * len(frames)
-    for episode, anew in zip(episodes, fresh, strict=True):
-        if anew:
-            h = initial(layer, h)
-        for t in episode:
-            h = out[t] = step(layer, frames[t], h)
+        out, h = run(step, initial, frames[::-1], h, turned(cuts, len(frames)))
+        return out[::-1], h
+    out = []
+    for t, frame in enumerate(frames):
+        h = step(frame, initial(h) if t in cuts else h)
+        out.append(h)
     return out, h
 
 
 def gru_layer(rnn, i, frames, states, cuts):
     """A layer of ConvGRU over a row's frames: its outputs, and the last state of each direction."""
     read = [rnn.norms[i](frame) for frame in frames]
-    directions = [rnn.layers[i], *([rnn.backward_layers[i]] if rnn.directions == 2 else [])]
+    directions = [rnn.layers[i], *([rnn.backward_layers[i]] if rnn.bidirectional else [])]
     found = [
-        run(step, gru_initial, direction, read, h, cuts, backward=j == 1)
+        run(partial(step, direction), partial(gru_initial, direction), read, h, cuts, backward=j == 1)
         for j, (direction, h) in enumerate(zip(directions, states, strict=True))
     ]
     out = [torch.cat(both, 1) for both in zip(*(outs for outs, _ in found), strict=True)]
@@ -138,7 +141,8 @@ def mingru_layer(rnn, i, frames, states, cuts):
     directions = [layer, *([layer.reverse] if layer.reverse is not None else [])]
     outs, finals = [], []
     for j, (direction, h) in enumerate(zip(directions, states, strict=True)):
-        out, h = run(mingru_step, mingru_initial, direction, read, h, cuts, backward=j == 1)
+        initial = partial(mingru_initial, direction)
+        out, h = run(partial(mingru_step, direction), initial, read, h, cuts, backward=j == 1)
         out = [y[:, 0] for y in out]
         outs.append(out if direction.out_proj is None else [packed_rows(direction.out_proj, y, 0, 1) for y in out])
         finals.append(h)
@@ -148,22 +152,70 @@ def mingru_layer(rnn, i, frames, states, cuts):
     return out, finals
 
 
+def levels_step(rnn, maps, states):
+    """The maps of one frame and the states of all levels of StackedGRU_RCN to the new ones."""
+    new = []
+    for i, level in enumerate(rnn.levels):
+        below = (0.0, 0.0)
+        if i > 0:
+            pooled = F.adaptive_max_pool2d(new[-1], maps[i].shape[2:])
+            below = [convolve(pooled, V, None, rnn.convolution) for V in rnn.bottom_up[i - 1].chunk(2)]
+        new.append(step(level, maps[i], states[i], below))
+    return new
+
+
+def both_updates(cell, x, h):
+    """A frame through both cells of SepConvGRUCell."""
+    for update in (cell.horizontal, cell.vertical):
+        h = step(update.layers[0], update.norms[0](x), h)
+    return h
+
+
+def row(rnn, frames, states, cuts):
+    """A row's frames: what ``rnn`` returns for each, a list with an entry a level, and its last states."""
+    if isinstance(rnn, Bidirectional):
+        other, half = rnn.rnn if rnn.backward_rnn is None else rnn.backward_rnn, len(states) // 2
+        outs, last = row(rnn.rnn, frames, states[:half], cuts)
+        backs, first = row(other, frames[::-1], states[half:], turned(cuts, len(frames)))
+        both = [[torch.cat(pair, 1) for pair in zip(*y, strict=True)] for y in zip(outs, backs[::-1], strict=True)]
+        return both, last + first
+    if isinstance(rnn, StackedGRU_RCN):
+        return run(partial(levels_step, rnn), lambda h: [torch.zeros_like(x) for x in h], frames, states, cuts)
+    if isinstance(rnn, GRU_RCN):
+        out, h = run(partial(step, rnn), torch.zeros_like, frames, states[0], cuts)
+        return [[y] for y in out], [h]
+    if isinstance(rnn, SepConvGRUCell):
+        initial = partial(gru_initial, rnn.horizontal.layers[0])
+        out, h = run(partial(both_updates, rnn), initial, frames, states[0], cuts)
+        if len(rnn.vertical.res_aligns):
+            out = [y + aligned(rnn.vertical.res_aligns[0], x) for y, x in zip(out, frames, strict=True)]
+        return [[y] for y in out], [h]
+    layer, last, directions = gru_layer if isinstance(rnn, ConvGRU) else mingru_layer, [], len(states) // rnn.num_layers
+    for i in range(rnn.num_layers):
+        frames, ends = layer(rnn, i, frames, states[directions * i : directions * (i + 1)], cuts)
+        last += ends
+    return [[y] for y in frames], last
+
+
 def reference(rnn, x, h=None, lengths=None, reset=None):
-    """``rnn(x, h, lengths=, reset=)`` for (B, T, ...), in eval mode and with norms that treat frames one by one."""
-    h = rnn.init_hidden_state(x) if h is None else h
-    layer = gru_layer if hasattr(rnn, "res_aligns") else mingru_layer
-    directions = len(h) // rnn.num_layers
+    """``rnn(x, h, lengths=, reset=)`` for (B, T, ...), in eval mode and with norms that treat frames one by one.
+
+    x is a list for layers of several levels, and so is the output then; h is a list always.
+    """
+    maps, h = [x] if isinstance(x, torch.Tensor) else x, rnn.init_hidden_state(x) if h is None else h
+    batch, total = maps[0].shape[:2]
     rows, finals = [], []
-    for b in range(x.shape[0]):
-        steps = x.shape[1] if lengths is None else int(lengths[b])
+    for b in range(batch):
+        steps = total if lengths is None else int(lengths[b])
         cuts = [] if reset is None else [t for t in range(steps) if reset[b, t]]
-        frames, states = [x[b : b + 1, t] for t in range(steps)], []
-        for i in range(rnn.num_layers):
-            given = [state[b : b + 1] for state in h[directions * i : directions * (i + 1)]]
-            frames, last = layer(rnn, i, frames, given, cuts)
-            states += last
-        finals.append(states)
-        size = h[-1].shape[h[-1].dim() - (x.dim() - 3) :]
-        blank = x.new_zeros(1, directions * rnn.hidden_sizes[-1], *size)
-        rows.append(torch.stack([*frames, *[blank] * (x.shape[1] - steps)], 1))
-    return torch.cat(rows), [torch.cat(states) for states in zip(*finals, strict=True)]
+        frames = [[level[b : b + 1, t] for level in maps] for t in range(total)]
+        frames = [frame[0] if maps[0] is x else frame for frame in frames]
+        states = [state[b : b + 1] for state in h]
+        outs, last = row(rnn, frames[:steps], states, cuts)
+        if steps < total:
+            blank = [torch.zeros_like(y) for y in row(rnn, frames[:1], states, [])[0][0]]
+            outs = [*outs, *[blank] * (total - steps)]
+        rows.append([torch.stack(level, 1) for level in zip(*outs, strict=True)])
+        finals.append(last)
+    outs = [torch.cat(level) for level in zip(*rows, strict=True)]
+    return outs[0] if maps[0] is x else outs, [torch.cat(states) for states in zip(*finals, strict=True)]

@@ -11,7 +11,7 @@ from tests.processes import run_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
-# dtype, B, T, C, *S, whether h0 is given, scale and shift of the logits
+# dtype, B, T, C, *S, whether h0 is given, scale and shift of the logits, and with a True more whether there are masks
 CASES = [
     (torch.float64, 2, 37, 3, (), True, 1.0, 0.0),
     (torch.float64, 2, 8, 3, (2, 3), False, 3.0, 0.0),
@@ -20,6 +20,7 @@ CASES = [
     (torch.float32, 1, 400, 2, (), True, 0.1, -14.0),
     (torch.float32, 2, 64, 4, (), True, 2.0, 0.0),
     (torch.bfloat16, 2, 64, 4, (), True, 2.0, 0.0),
+    (torch.float64, 3, 37, 3, (2,), True, 1.0, 0.0, True),
 ]
 
 
@@ -40,13 +41,27 @@ class SentBytes(TorchDispatchMode):
 
 
 def inputs(case):
-    dtype, B, T, C, S, with_h0, scale, shift = case
+    dtype, B, T, C, S, with_h0, scale, shift, *_ = case
     generator = torch.Generator().manual_seed(7)
     packed = torch.randn(B, T, 2 * C, *S, generator=generator, dtype=torch.float64) * scale
     packed[:, :, :C] += shift
+    if held := masks(case):
+        packed[:2][held["hold"][:2]] = float("nan")
     h0 = torch.randn(B, C, *S, generator=generator, dtype=torch.float64) if with_h0 else None
     upstream = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, T, C, *S), (B, C, *S))]
     return [None if x is None else x.to(dtype) for x in (packed, h0, *upstream)]
+
+
+def masks(case):
+    """Resets on no rank, on one, and on the first step of a rank; frames that are held, all of a rank's among them."""
+    _, B, T, *_, masked = case
+    if masked is not True:
+        return {}
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[1, 5], reset[2, [0, 20, T * 2 // 3]] = True, True
+    hold = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.3
+    hold[1, 20:] = True
+    return {"reset": reset, "hold": hold}
 
 
 def run_cases(rank: int) -> dict:
@@ -60,7 +75,7 @@ def run_cases(rank: int) -> dict:
         part = slice(cuts[rank], cuts[rank + 1])
         leaf = packed[:, part].detach().clone().requires_grad_()
         first = None if h0 is None else h0.clone().requires_grad_()
-        h, h_n = convrnn.distributed.mingru(leaf, first)
+        h, h_n = convrnn.distributed.mingru(leaf, first, **{name: mask[:, part] for name, mask in masks(case).items()})
         # the loss is the sum of the ranks': each takes its share of h_n's upstream gradient
         share = (rank + 1) / sum(range(1, ranks + 1))
         ((h * dh[:, part]).double().sum() + share * (h_n.double() * dh_n.double()).sum()).backward()
@@ -92,7 +107,9 @@ def test_split_over_processes_equals_one_process(ranks, tmp_path):
     for number, case in enumerate(CASES):
         packed, h0, dh, dh_n = inputs(case)
         packed, h0 = (None if x is None else x.double().requires_grad_() for x in (packed, h0))
-        h, h_n = convrnn.mingru(packed, h0)  # in float64; the loop's gradients lose z near 1e-6 in sigmoid'(-gate)
+        h, h_n = convrnn.mingru(
+            packed, h0, **masks(case)
+        )  # in float64; the loop's gradients lose z near 1e-6 in sigmoid'(-gate)
         ((h * dh.double()).sum() + (h_n * dh_n.double()).sum()).backward()
         parts = [result["cases"][number] for result in results]
         tolerance = TOLERANCE[case[0]]
@@ -110,5 +127,9 @@ def test_split_over_processes_equals_one_process(ranks, tmp_path):
 def test_needs_a_process_group():
     with pytest.raises(ValueError, match="process group has not been initialized"):
         convrnn.distributed.mingru(torch.zeros(1, 2, 2))
+    with pytest.raises(TypeError, match="reset must be a bool Tensor, got torch.int64"):
+        convrnn.distributed.mingru(torch.zeros(1, 2, 2), reset=torch.ones(1, 2).long())
+    with pytest.raises(ValueError, match=r"hold must have shape \[1, 2\], got \[2, 1\]"):
+        convrnn.distributed.mingru(torch.zeros(1, 2, 2), hold=torch.zeros(2, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="gate_hidden must be"):
         convrnn.distributed.mingru(torch.zeros(1, 2, 3))

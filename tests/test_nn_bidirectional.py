@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from convrnn import GRU_RCN, Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from convrnn import GRU_RCN, Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell, StackedGRU_RCN
 
 B, L, SIZE = 2, 4, 3
 CASES = {
@@ -171,6 +171,24 @@ def test_bad_input(case, device):
         rnn(x, [*h[:-1], h[-1][:1]])
     with pytest.raises(ValueError, match="x must be"):
         rnn(x[:, :, :2])
+
+
+def test_it_takes_no_step(device):
+    with pytest.raises(ValueError, match="step must be called on a layer of one direction, got Bidirectional"):
+        Bidirectional(MinGRU(SIZE, 4, device=device)).step(torch.zeros(B, SIZE, device=device))
+
+
+def test_levels_are_refused_as_the_stack_refuses_them(device):
+    rnn = Bidirectional(StackedGRU_RCN([SIZE, SIZE], [4, 4], 3, device=device))
+    x = torch.zeros(B, L, SIZE, 5, 4, device=device)
+    with pytest.raises(TypeError, match="xs must be a list of 2 Tensors, got Tensor"):
+        rnn(x)
+    with pytest.raises(ValueError, match="xs must hold the maps of 2 levels, got 1"):
+        rnn([x])
+    with pytest.raises(ValueError, match="h must hold 4 states, got 2"):
+        rnn([x, x], [x[:, 0], x[:, 0]])
+    with pytest.raises(ValueError, match="backward_rnn must agree with rnn"):
+        Bidirectional(rnn.rnn, StackedGRU_RCN([SIZE], [4], 3))
 
 
 def test_example():

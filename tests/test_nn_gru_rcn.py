@@ -117,7 +117,7 @@ def test_parameters(device):
     torch.nn.init.ones_(rnn.bias)
     rnn.reset_parameters()
     assert not torch.equal(before, rnn.W) and not rnn.bias.any()
-    assert "3, 5, kernel_size=(3, 2), batch_first=True, bias=True" in repr(rnn)
+    assert "3, 5, (3, 2), bias=True" in repr(rnn)
 
 
 def test_copies_agree(device):

@@ -1,6 +1,6 @@
 """Lengths, resets, single frames and packed sequences of all layers and of Bidirectional over them.
 
-Of ConvGRU, test_conv_gru_properties.py draws them at random.
+test_layer_properties.py draws them at random.
 """
 
 import pytest
@@ -37,11 +37,11 @@ class OneState(GRU_RCN):
 
 
 class Levels(nn.Module):
-    """StackedGRU_RCN over a map and every second pixel of it."""
+    """A layer of maps of two levels, over a map and every second pixel of it."""
 
-    def __init__(self, **options):
+    def __init__(self, rnn):
         super().__init__()
-        self.rnn = StackedGRU_RCN([SIZE, SIZE], [2, 3], 3, **options)
+        self.rnn = rnn
 
     def maps(self, x):
         return [x, x[..., ::2, ::2]]
@@ -58,20 +58,33 @@ class Levels(nn.Module):
         return self.rnn.init_hidden_state(self.maps(x))
 
 
+def levels(**kw):
+    return StackedGRU_RCN([SIZE, SIZE], [2, 3], 3, **kw)
+
+
 CASES = {
     "cell": lambda **kw: MinGRUCell(SIZE, 5, **kw),
     "layers": lambda **kw: MinGRU(SIZE, [5, 3], norm=True, residual=True, **kw),
     "conv_cell": lambda **kw: MinConv2dGRUCell(SIZE, 5, 3, stride=2, **kw),
     "conv_layers": lambda **kw: MinConv2dGRU(SIZE, [8, 3], 3, paddings=1, norm=True, residual=True, **kw),
     "rcn": lambda **kw: OneState(SIZE, 5, 3, bias=True, **kw),
-    "rcn_levels": lambda **kw: Levels(**kw),
+    "rcn_levels": lambda **kw: Levels(levels(**kw)),
     "conv_sep": lambda **kw: SepConvGRUCell(SIZE, 3, 3, **kw),
     "both_rcn": lambda **kw: Bidirectional(GRU_RCN(SIZE, 3, (2, 3), **kw), GRU_RCN(SIZE, 2, 3, **kw)),
+    "both_rcn_levels": lambda **kw: Levels(Bidirectional(levels(**kw), levels(**kw))),
+    "both_conv_sep": lambda **kw: Bidirectional(SepConvGRUCell(SIZE, 3, 3, **kw)),
     "both_conv_gru": lambda **kw: Bidirectional(ConvGRU(SIZE, [3, 2], 3, strides=[2, 1], norm="layer", **kw)),
     "both": lambda **kw: Bidirectional(CASES["layers"](**kw), CASES["layers"](**kw)),
     "both_conv_shared": lambda **kw: Bidirectional(CASES["conv_cell"](**kw)),
 }
-ONCE = ("rcn_levels", "conv_sep", "both_rcn", "both_conv_gru")  # their kernels are those of "rcn"
+ONCE = (
+    "rcn_levels",
+    "conv_sep",
+    "both_rcn",
+    "both_rcn_levels",
+    "both_conv_sep",
+    "both_conv_gru",
+)  # their kernels are those of "rcn"
 MARKED = [pytest.param(case, marks=pytest.mark.compiled if case in ONCE else ()) for case in CASES]
 each_case = pytest.mark.parametrize("case", MARKED)
 each_way_on = pytest.mark.parametrize("case", [case for case in MARKED if not case.values[0].startswith("both")])
@@ -104,7 +117,7 @@ def episodes(rnn, x, h, lengths, reset):
             rows.append(blank.expand(1, T, *blank.shape[2:]))
             finals.append(state)
             continue
-        both = isinstance(rnn, Bidirectional)
+        both = isinstance(rnn.rnn if isinstance(rnn, Levels) else rnn, Bidirectional)
         initial, outs, ends = rnn.init_hidden_state(row), [], []
         half = len(h) // 2 if both else len(h)
         for i, (a, end) in enumerate(bounds):
@@ -256,6 +269,7 @@ TIME_FIRST = {
     "conv_gru": lambda **kw: ConvGRU(SIZE, [3, 2], 3, **kw),
     "levels": lambda **kw: StackedGRU_RCN([SIZE], [3], 3, **kw),
     "both_rcn": lambda **kw: Bidirectional(GRU_RCN(SIZE, 3, 3, **kw)),
+    "both_levels": lambda **kw: Bidirectional(StackedGRU_RCN([SIZE], [3], 3, **kw)),
     "both_conv_gru": lambda **kw: Bidirectional(ConvGRU(SIZE, [3, 2], 3, **kw), ConvGRU(SIZE, [4, 2], 3, **kw)),
 }
 
@@ -270,10 +284,10 @@ def test_time_first(case, device):
     x = torch.randn(B, T, SIZE, 5, 4, dtype=torch.float64, device=device)
 
     def packed(x):
-        return [x] if case == "levels" else x
+        return [x] if case.endswith("levels") else x
 
     def unpacked(outputs):
-        return (outputs[0][0] if case == "levels" else outputs[0]), outputs[1]
+        return (outputs[0][0] if case.endswith("levels") else outputs[0]), outputs[1]
 
     for given in ({}, {"lengths": masks["lengths"]}, masks):
         turned = {name: mask.T if name == "reset" else mask for name, mask in given.items()}

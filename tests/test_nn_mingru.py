@@ -138,7 +138,7 @@ def test_keys(device):
     rnn.load_state_dict(checkpoint)
     assert_close(rnn.layers[2].res_align.weight.float().cpu(), checkpoint["layers.2.res_align.weight"])
     assert rnn.layer_sizes == (3, 4, 4, 6) and rnn.num_layers == 3
-    assert "3, hidden_sizes=[4, 4, 6], norm=True, residual=True" in repr(rnn)
+    assert "3, [4, 4, 6], norm=True, residual=True" in repr(rnn)
 
 
 @pytest.mark.compiled

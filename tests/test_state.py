@@ -60,6 +60,17 @@ def test_truncated_bptt_cuts_gradients_and_nothing_else():
     assert final[0].requires_grad and not state.detach(final)[0].requires_grad
 
 
+@pytest.mark.compiled
+def test_truncated_bptt_cuts_masks_and_lists_too():
+    rnn = convrnn.StackedGRU_RCN([2, 2], [3, 4], 3, batch_first=False)
+    xs = [torch.randn(T, B, 2, size, size) for size in (6, 3)]
+    masks = {"lengths": torch.tensor([5, 0, 3]), "reset": torch.rand(T, B) < 0.3}
+    outs, last = rnn(xs, **masks)
+    chunks = list(state.truncated_bptt(rnn, xs, 2, time_dim=0, **masks))
+    assert_close([torch.cat(level) for level in zip(*(out for _, out, _ in chunks), strict=True)], outs)
+    assert_close(chunks[-1][2], last)
+
+
 def test_nests_and_numbers():
     nest = {"a": [torch.ones(2, 3)], "b": (torch.ones(2, 1, 4),)}
     grown = state.resize(nest, 3, 0.5)
@@ -86,6 +97,7 @@ def test_nests_and_numbers():
             ValueError,
             "state must hold Tensors of one",
         ),
+        (lambda h: next(state.truncated_bptt(None, 3.0, 1)), TypeError, "x must be a Tensor or a list of .* got float"),
         (lambda h: next(state.truncated_bptt(None, h[0], 0)), ValueError, "steps must be a positive int, got 0"),
     ],
 )

@@ -1,7 +1,8 @@
 """Recurrent layers: parameters and convolutions here, the recurrences in :mod:`convrnn.ops`."""
 
 from .bidirectional import Bidirectional
-from .conv_gru import ConvGRU, ConvGRU1d, ConvGRU3d, ConvGRUCell, ConvGRUCell1d, ConvGRUCell3d, SepConvGRUCell
+from .conv_gru import ConvGRU, ConvGRU1d, ConvGRU3d
+from .conv_gru_cell import ConvGRUCell, ConvGRUCell1d, ConvGRUCell3d, SepConvGRUCell
 from .conv_mingru import (
     MinConv1dGRU,
     MinConv1dGRUCell,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import as_bool, as_choice, as_ints, as_tuple, as_tuples
+from ._checks import as_bool, as_choice, as_int, as_ints, as_tuple, as_tuples
 
 __all__ = ["Conv", "Convolution", "Size", "Sizes", "as_convolutions"]
 
@@ -38,17 +38,21 @@ class Convolution:
     def described(self) -> dict[str, Any]:
         """Returns the kernel, and whatever else is not the default, under the names of a cell's arguments."""
         ones = (1,) * len(self.kernel)
-        padding = None if self.padding is None else tuple(before for before, _ in self.padding)
         found = {
             "kernel_size": self.kernel,
             "stride": self.stride if self.stride != ones else None,
-            "padding": padding,
+            "padding": None if self.padding is None else self.each_side,
             "dilation": self.dilation if self.dilation != ones else None,
             "groups": self.groups if self.groups > 1 else None,
             "separable": self.separable or None,
             "padding_mode": self.mode if self.mode != "zeros" else None,
         }
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def each_side(self) -> tuple[int, ...]:
+        """The padding before each dimension, and after it where an argument gave it."""
+        return tuple(before for before, _ in self.pads)
 
     @property
     def pads(self) -> tuple[tuple[int, int], ...]:
@@ -155,13 +159,14 @@ def as_convolutions(
     separable = as_bool("separable", separable)
     mode = as_choice("padding_mode", padding_mode, PADDING_MODES)
 
-    def tuples(name: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
+    def tuples(singular: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
         if plural:
-            return as_tuples(f"{prefix}{name}s", value, minimum, len(channels), dims)
-        return [as_tuple(f"{prefix}{name}", value, minimum, dims)]
+            return as_tuples(f"{prefix}{singular}s", value, minimum, len(channels), dims)
+        return [as_tuple(f"{prefix}{singular}", value, minimum, dims)]
 
     kernels, steps = tuples("kernel_size", kernel_sizes), tuples("stride", strides)
-    spread, counts = tuples("dilation", dilations), as_ints(f"{prefix}groups", groups, len(channels))
+    spread, name = tuples("dilation", dilations), f"{prefix}groups"
+    counts = as_ints(name, groups, len(channels)) if plural else [as_int(name, groups, 1)]
     pads: list[Any] = [None for _ in channels]
     if isinstance(paddings, str):
         as_choice("paddings" if plural else "padding", paddings, ("same",))
@@ -170,7 +175,7 @@ def as_convolutions(
     found = []
     for i, pair in enumerate(channels):
         convolution = Convolution(kernels[i], steps[i], pads[i], spread[i], counts[i], mode, separable)
-        convolution.check_groups(f"{prefix}groups", *pair, i)
+        convolution.check_groups(name, *pair, i)
         found.append(convolution)
     return found
 

@@ -1,12 +1,13 @@
-"""What the layers of both families have beside their recurrence: normalisations, and the initial bias of the gate."""
+"""What the layers of both families have beside their recurrence: norms, the gate's initial bias, what repr shows."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Norm", "fill_gate_bias", "make_feature_norm", "make_norm", "reset_parameters"]
+__all__ = ["Norm", "described", "fill_gate_bias", "make_feature_norm", "make_norm", "reset_parameters"]
 
 Norm = bool | str | Callable[[int], nn.Module] | None
 
@@ -69,3 +70,24 @@ def fill_gate_bias(gate: Tensor, value: float | str, chrono_max: int | None) -> 
         gate.copy_(-torch.empty_like(gate).uniform_(1.0, float((chrono_max or 2) - 1)).log())
     else:
         gate.fill_(value)
+
+
+def described(module: nn.Module) -> str:
+    """Returns the arguments of the module's constructor, from its attributes: those required, and what is no default."""
+    found = []
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        value = getattr(module, name, parameter.default)  # a subclass may lack one, as device and dtype are lacking
+        if isinstance(value, Tensor):
+            value = True  # a bias that is learned
+        if parameter.default is inspect.Parameter.empty and hasattr(module, name):
+            found.append(f"{value!r}")
+        elif not _is_default(value, parameter.default):
+            found.append(f"{name}={value!r}")
+    return ", ".join(found)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a value, or each entry of a list or tuple, is the default; None is a bias that is not learned."""
+    if isinstance(value, (list, tuple)) and not isinstance(default, (list, tuple)):
+        return all(_is_default(entry, default) for entry in value)
+    return bool(value == default) or (value is None and default is False)

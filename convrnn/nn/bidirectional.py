@@ -8,9 +8,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
 from ._masks import live_frames, resets_before, reverse, run_packed
+from ._parts import reset_parameters
 from .conv_gru import ConvGRU
+from .conv_gru_cell import SepConvGRUCell
 from .gru_rcn import GRU_RCN
 from .mingru import MinGRUBase
+from .stacked_gru_rcn import StackedGRU_RCN
 
 __all__ = ["Bidirectional"]
 
@@ -23,13 +26,16 @@ class Bidirectional(nn.Module):
     the backward half of ``out[:, t]`` belongs to frame L-1-t. A head trained on that layout finds its backward half in
     ``out[:, :, C:].flip(1)``, with C channels a direction.
 
+    Over a StackedGRU_RCN, x and out are lists with an entry for each level, and what a level takes from the one below
+    stays within its direction.
+
     Args:
-        rnn: the layer for the forward direction: GRU_RCN, ConvGRU, MinGRU, MinConv2dGRU or a cell of theirs.
+        rnn: the layer for the forward direction: any of this package that is of one direction.
         backward_rnn: the layer for the backward direction; None shares ``rnn`` and its weights.
 
     Raises:
         TypeError: ``rnn`` or ``backward_rnn`` is no recurrent layer of this package.
-        ValueError: the two differ in their number of layers, kind of state, dimensions of a frame or ``batch_first``.
+        ValueError: the two differ in their number of layers, kind of state or input, or ``batch_first``.
 
     Source:
         Schuster and Paliwal, "Bidirectional Recurrent Neural Networks", 1997.
@@ -46,6 +52,7 @@ class Bidirectional(nn.Module):
     num_states: Final[int]
     time_dim: Final[int]
     frame_dims: Final[int]
+    takes_levels: Final[bool]
     if TYPE_CHECKING:  # at run time these are submodules, which TorchScript takes without an annotation
         rnn: Any
         backward_rnn: Any
@@ -57,12 +64,16 @@ class Bidirectional(nn.Module):
         if other != kind:
             raise ValueError(
                 "backward_rnn must agree with rnn in (state is one Tensor, number of states, dimension of time, dimensions of "
-                "a frame): "
+                "a frame, input is a list): "
                 f"expected {kind}, got {other}"
             )
-        self.single_state, self.num_states, self.time_dim, self.frame_dims = kind
+        self.single_state, self.num_states, self.time_dim, self.frame_dims, self.takes_levels = kind
         self.rnn = rnn
         self.backward_rnn = backward_rnn
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters of both layers anew, as their constructors did."""
+        reset_parameters(self.children())
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -73,44 +84,66 @@ class Bidirectional(nn.Module):
         the other side of the cut: at frame t-1, where the forward direction does at t.
 
         Args:
-            x: the sequence, as ``rnn`` takes it, or one frame; over minGRU a PackedSequence too.
+            x: the sequence, as ``rnn`` takes it, or one frame; over minGRU a PackedSequence too, over StackedGRU_RCN
+                the list of each level's maps.
             h: initial states of the forward direction, then those of the backward direction, as ``rnn`` takes them
                 (GRU_RCN: [h_fwd, h_bwd]); None for the states of :meth:`init_hidden_state`.
             lengths: (B,) integers, frames of each row, as ``rnn`` takes them.
             reset: (B, L) bool, for one frame (B,), True where a sequence begins, as ``rnn`` takes it.
 
         Returns:
-            out: both outputs joined over the channels (dim 2), in the order of time.
+            out: both outputs joined over the channels (dim 2), in the order of time; over StackedGRU_RCN those of each
+                level, a list.
             h_n: final states, ordered as ``h``; the backward ones belong to the first frame.
 
         Raises:
             TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
             ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
-        if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
+        if not torch.jit.is_scripting():
+            if isinstance(x, PackedSequence):
+                return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
+            if self.takes_levels:
+                return self._run_levels(x, h, lengths, reset)
+        outs, states = self._run([x], isinstance(x, Tensor) and x.dim() == self.frame_dims, h, lengths, reset)
+        return outs[0], states
+
+    def _run_levels(
+        self, xs: Any, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Any, list[Tensor]]:
+        _, frame = self.rnn.as_clips(xs)
+        return self._run(list(xs), frame, h, lengths, reset)
+
+    def _run(
+        self, xs: list[Tensor], frame: bool, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """:meth:`forward` over the inputs of each level, of which all but StackedGRU_RCN have one."""
         check_states(h, 2 * self.num_states)
-        frame = isinstance(x, Tensor) and x.dim() == self.frame_dims
         if frame:
-            x = x.unsqueeze(self.time_dim)
+            xs = [x.unsqueeze(self.time_dim) for x in xs]
             if isinstance(reset, Tensor):
                 reset = reset.unsqueeze(self.time_dim)
         h_fwd = None if h is None else h[: self.num_states]
         h_bwd = None if h is None else h[self.num_states :]
-        out_fwd, h_fwd = self._forward_direction(x, h_fwd, lengths, reset)
-        clip = self._batch_first(x)
+        outs_fwd, h_fwd = self._forward_direction(xs, h_fwd, lengths, reset)
+        clips = [self._batch_first(x) for x in xs]
         if reset is not None:
             cuts = self._batch_first(reset)
             if lengths is not None:
-                cuts = cuts & live_frames(lengths, clip)
+                cuts = cuts & live_frames(lengths, clips[0])
             reset = self._batch_first(reverse(resets_before(cuts), lengths))
-        turned = self._batch_first(reverse(clip, lengths))
-        out_bwd, h_bwd = self._backward_direction(turned, h_bwd, lengths, reset)
-        out_bwd = self._batch_first(reverse(self._batch_first(out_bwd), lengths))
-        out = torch.cat((out_fwd, out_bwd), dim=2)
-        if frame:
-            out = out.squeeze(self.time_dim)
-        return out, h_fwd + h_bwd
+        turned = [self._batch_first(reverse(clip, lengths)) for clip in clips]
+        outs_bwd, h_bwd = self._backward_direction(turned, h_bwd, lengths, reset)
+        outs: list[Tensor] = []
+        for i, out_fwd in enumerate(outs_fwd):
+            out_bwd = self._batch_first(reverse(self._batch_first(outs_bwd[i]), lengths))
+            out = torch.cat((out_fwd, out_bwd), dim=2)
+            outs.append(out.squeeze(self.time_dim) if frame else out)
+        return outs, h_fwd + h_bwd
+
+    def step(self, x: Any, h: list[Tensor] | None = None, *, reset: Tensor | None = None) -> Any:
+        """Raises ValueError, as every layer of two directions does: what comes later is not there yet."""
+        raise ValueError("step must be called on a layer of one direction, got Bidirectional")
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """From the order of ``rnn`` to (B, T, ...), and back."""
@@ -127,32 +160,43 @@ class Bidirectional(nn.Module):
         return states
 
     def _forward_direction(
-        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, xs: list[Tensor], h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if self.takes_levels:
+            outs, states = self.rnn(xs, h, lengths=lengths, reset=reset)
+            return outs, states
         if self.single_state:
-            out, state = self.rnn(x, None if h is None else h[0], lengths, reset)
-            return out, [state]
-        out, states = self.rnn(x, h, lengths=lengths, reset=reset)
-        return out, states
+            out, state = self.rnn(xs[0], None if h is None else h[0], lengths, reset)
+            return [out], [state]
+        out, states = self.rnn(xs[0], h, lengths=lengths, reset=reset)
+        return [out], states
 
     def _backward_direction(
-        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, xs: list[Tensor], h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if self.backward_rnn is None:
-            return self._forward_direction(x, h, lengths, reset)
+            return self._forward_direction(xs, h, lengths, reset)
+        if self.takes_levels:
+            outs, states = self.backward_rnn(xs, h, lengths=lengths, reset=reset)
+            return outs, states
         if self.single_state:
-            out, state = self.backward_rnn(x, None if h is None else h[0], lengths, reset)
-            return out, [state]
-        out, states = self.backward_rnn(x, h, lengths=lengths, reset=reset)
-        return out, states
+            out, state = self.backward_rnn(xs[0], None if h is None else h[0], lengths, reset)
+            return [out], [state]
+        out, states = self.backward_rnn(xs[0], h, lengths=lengths, reset=reset)
+        return [out], states
 
 
-def _kind(name: str, rnn: Any) -> tuple[bool, int, int, int]:
-    """Returns (state is one Tensor, number of states, dimension of time, dimensions of one frame)."""
+def _kind(name: str, rnn: Any) -> tuple[bool, int, int, int, bool]:
+    """Returns (state is one Tensor, number of states, dimension of time, dimensions of one frame, input is a list)."""
+    time = 1 if getattr(rnn, "batch_first", True) else 0
     if isinstance(rnn, GRU_RCN):
-        return True, 1, 1 if rnn.batch_first else 0, 4
-    if isinstance(rnn, ConvGRU) and rnn.directions == 1:
-        return False, rnn.num_layers, 1 if rnn.batch_first else 0, rnn.spatial_dims + 2
+        return True, 1, time, 4, False
+    if isinstance(rnn, StackedGRU_RCN):
+        return False, len(rnn.levels), time, 4, True
+    if isinstance(rnn, SepConvGRUCell):
+        return False, 1, time, 4, False
+    if isinstance(rnn, ConvGRU) and not rnn.bidirectional:
+        return False, rnn.num_states, time, rnn.spatial_dims + 2, False
     if isinstance(rnn, MinGRUBase) and not rnn.bidirectional:
-        return False, rnn.num_states, 1 if rnn.batch_first else 0, rnn.layout.count(",")
+        return False, rnn.num_states, time, rnn.layout.count(","), False
     raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")

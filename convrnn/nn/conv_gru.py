@@ -20,12 +20,12 @@ from ._checks import (
     check_shape,
     check_states,
 )
-from ._convolution import Conv, Size, Sizes, as_convolutions
+from ._convolution import Conv, Sizes, as_convolutions
 from ._gru_layer import GRULayer
 from ._masks import blank, read_masks, resets_before
-from ._parts import Norm, make_norm, reset_parameters
+from ._parts import Norm, described, make_norm, reset_parameters
 
-__all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d", "ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
+__all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d"]
 
 
 class ConvGRU(nn.Module):
@@ -72,7 +72,8 @@ class ConvGRU(nn.Module):
         zoneout: probability that an element of the state keeps its value in a step; (1-p).z stands for it in eval.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1].
         chrono_max: the longest dependency expected, in frames, for 'chrono'.
-        learn_h0: learn the state before the first frame, one number a channel, which starts at zero.
+        learn_h0: learn the state before the first frame, one number a channel, which starts at zero. With ``reset`` the
+            layer then walks over time, for the op begins anew from zeros alone.
         bidirectional: a second layer beside each, with weights of its own, reads the sequence from its end; its output
             joins the other's over the channels.
         batch_first: True for sequences (B, T, ...), False for (T, B, ...).
@@ -100,6 +101,9 @@ class ConvGRU(nn.Module):
     """
 
     spatial_dims: ClassVar[int] = 2
+    plural: ClassVar[bool] = True  # the arguments of several layers: a cell's are named in the singular
+    groups: int | list[int]
+    recurrent_groups: int | list[int]
 
     def __init__(
         self,
@@ -137,15 +141,21 @@ class ConvGRU(nn.Module):
         self.input_size = as_int("input_size", input_size, 1)
         self.hidden_sizes = as_sizes("hidden_sizes", hidden_sizes)
         self.num_layers = len(self.hidden_sizes)
-        self.directions = 2 if as_bool("bidirectional", bidirectional) else 1
+        self.bidirectional = as_bool("bidirectional", bidirectional)
+        directions = 2 if bidirectional else 1
+        self.num_states = directions * self.num_layers
         self.batch_first = as_bool("batch_first", batch_first)
         self.dropout = as_probability("dropout", dropout)
-        residual = as_bool("residual", residual)
-        gate_bias, chrono_max = as_gate_bias(gate_bias, chrono_max, as_bool("bias", bias))
+        self.residual, self.bias = as_bool("residual", residual), as_bool("bias", bias)
+        self.gate_bias, self.chrono_max = as_gate_bias(gate_bias, chrono_max, bias)
+        self.reset_after, self.learn_h0 = as_bool("reset_after", reset_after), as_bool("learn_h0", learn_h0)
+        self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = as_probability("zoneout", zoneout)
+        self.norm, self.cell_norm = norm, cell_norm
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        inputs = [self.input_size, *(self.directions * size for size in self.hidden_sizes[:-1])]
-        common: dict[str, Any] = {"separable": separable, "padding_mode": padding_mode}
+        inputs = [self.input_size, *(directions * size for size in self.hidden_sizes[:-1])]
+        common: dict[str, Any] = {"separable": separable, "padding_mode": padding_mode, "plural": self.plural}
         convolutions = as_convolutions(
             dims,
             list(zip(inputs, self.hidden_sizes, strict=True)),
@@ -167,41 +177,38 @@ class ConvGRU(nn.Module):
             **common,
             prefix="recurrent_",
         )
+        self.kernel_sizes = [conv.kernel for conv in convolutions]
+        self.strides = [conv.stride for conv in convolutions]
+        self.paddings = paddings if isinstance(paddings, str) else [conv.each_side for conv in convolutions]
+        self.dilations = [conv.dilation for conv in convolutions]
+        self.groups = [conv.groups for conv in convolutions]
+        self.recurrent_kernel_sizes = None if recurrent_kernel_sizes is None else [conv.kernel for conv in recurrents]
+        self.recurrent_dilations = [conv.dilation for conv in recurrents]
+        self.recurrent_groups = [conv.groups for conv in recurrents]
+        self.separable, self.padding_mode = separable, padding_mode
         options: dict[str, Any] = {
             "bias": bias,
-            "reset_after": as_bool("reset_after", reset_after),
+            "reset_after": reset_after,
             "cell_norm": cell_norm,
-            "recurrent_dropout": as_probability("recurrent_dropout", recurrent_dropout),
-            "zoneout": as_probability("zoneout", zoneout),
-            "gate_bias": gate_bias,
-            "chrono_max": chrono_max,
-            "learn_h0": as_bool("learn_h0", learn_h0),
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": self.zoneout,
+            "gate_bias": self.gate_bias,
+            "chrono_max": self.chrono_max,
+            "learn_h0": learn_h0,
         }
         self.layers, self.backward_layers = nn.ModuleList(), nn.ModuleList()
         self.norms, self.res_aligns = nn.ModuleList(), nn.ModuleList()
         for i, (size_in, size) in enumerate(zip(inputs, self.hidden_sizes, strict=True)):
             conv, recurrent = convolutions[i], recurrents[i]
-            for direction in (self.layers, self.backward_layers)[: self.directions]:
+            for direction in (self.layers, self.backward_layers)[:directions]:
                 direction.append(GRULayer(size_in, size, conv, recurrent, **options, **factory))
             self.norms.append(make_norm("norm", norm, size_in, **factory) or nn.Identity())
             if residual:
-                same = size_in == self.directions * size and conv.keeps_size
+                same = size_in == directions * size and conv.keeps_size
                 aligned = replace(conv, groups=1, separable=False)
                 self.res_aligns.append(
-                    nn.Identity() if same else Conv(aligned, size_in, self.directions * size, bias=False, **factory)
+                    nn.Identity() if same else Conv(aligned, size_in, directions * size, bias=False, **factory)
                 )
-        self._described = {
-            "input": [conv.described() for conv in convolutions],
-            "recurrent": [conv.described() for conv in recurrents],
-            "bias": None if bias else "False",
-            "norm": norm,
-            "residual": residual,
-            "dropout": self.dropout,
-            "bidirectional": bidirectional,
-            "batch_first": None if batch_first else "False",
-            **{name: value for name, value in options.items() if name != "bias"},
-        }
-        self.kernel_sizes = [conv.kernel for conv in convolutions]
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
@@ -246,7 +253,7 @@ class ConvGRU(nn.Module):
         layer: Any = self.layers[0]
         if not autocast_is_on(x.device.type):
             check_same_dtype("x", x, "the parameters", layer.W)
-        check_states(h, self.num_layers * self.directions)
+        check_states(h, self.num_states)
         live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
         if live is not None:
             x = blank(x, live)
@@ -259,7 +266,7 @@ class ConvGRU(nn.Module):
             given = [None, None] if h is None else self._checked_states(i, h, x)
             out, h_n = layer(read, given[0], live, reset)
             states.append(h_n)
-            if self.directions == 2:
+            if self.bidirectional:
                 back, h_n = self.backward_layers[i](
                     read.flip(1),
                     given[1],
@@ -285,7 +292,7 @@ class ConvGRU(nn.Module):
         Raises:
             ValueError: ``x`` is a clip, or the layer bidirectional: what comes later is not there yet.
         """
-        if self.directions == 2:
+        if self.bidirectional:
             raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
         if isinstance(x, Tensor) and x.dim() != self.spatial_dims + 2:
             raise ValueError(f"x must be one frame (B, {self.input_size}, *S), got shape {list(x.shape)}")
@@ -297,7 +304,7 @@ class ConvGRU(nn.Module):
         x = x.unsqueeze(1) if frame else x if self.batch_first else x.transpose(0, 1)
         states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            pair: list[Any] = [layer, *([self.backward_layers[i]] if self.directions == 2 else [])]
+            pair: list[Any] = [layer, *([self.backward_layers[i]] if self.bidirectional else [])]
             states += [direction.initial_state(x).to(x.dtype, copy=True) for direction in pair]
             x = states[-1].unsqueeze(1)
         return states
@@ -306,7 +313,8 @@ class ConvGRU(nn.Module):
         """The states of layer i, whose input is x."""
         layer: Any = self.layers[i]
         states: list[Tensor | None] = []
-        for j in range(self.directions * i, self.directions * (i + 1)):
+        directions = self.num_states // self.num_layers
+        for j in range(directions * i, directions * (i + 1)):
             check_shape(f"h[{j}]", h[j], [x.shape[0], layer.hidden_size, *layer.input.size(list(x.shape[3:]))])
             check_floating(f"h[{j}]", h[j])
             check_same_device(f"h[{j}]", h[j], "x", x)
@@ -314,8 +322,7 @@ class ConvGRU(nn.Module):
         return states
 
     def extra_repr(self) -> str:
-        described = ", ".join(f"{name}={value}" for name, value in self._described.items() if value)
-        return f"{self.input_size}, hidden_sizes={self.hidden_sizes}, {described}"
+        return described(self)
 
 
 class ConvGRU1d(ConvGRU):
@@ -342,181 +349,3 @@ class ConvGRU3d(ConvGRU):
     """
 
     spatial_dims: ClassVar[int] = 3
-
-
-class ConvGRUCell(ConvGRU):
-    """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c: one layer.
-
-    z near 1 takes the candidate c, z near 0 keeps the state h. This is a :class:`ConvGRU` of one layer, with its
-    arguments in the singular; like it, it takes whole clips too. The state is a list of one tensor.
-
-    Args:
-        input_size: channels of a frame.
-        hidden_size: channels of the state and of the output.
-        kernel_size: kernel of the input's convolutions, an int or an int for each dimension; so are the next ones.
-        recurrent_kernel_size: kernel of the state's convolutions; None takes ``kernel_size``.
-        stride: of the input's convolutions.
-        padding: of the input's convolutions, or 'same'.
-        dilation: of the input's convolutions.
-        recurrent_dilation: of the state's convolutions.
-        options: any other argument of :class:`ConvGRU`, but for those that concern several layers or directions.
-
-    Raises:
-        TypeError: an argument has the wrong type, or there is no such argument.
-        ValueError: a number is out of range, or arguments exclude one another.
-
-    Source:
-        Ballas et al., ICLR 2016, arXiv 1511.06432.
-
-    Example:
-        >>> import torch, convrnn
-        >>> cell = convrnn.ConvGRUCell(3, 8, kernel_size=3, reset_after=True)
-        >>> out, h = cell(torch.rand(2, 3, 6, 6))
-        >>> out.shape, h[0].shape
-        (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        kernel_size: Size,
-        *,
-        recurrent_kernel_size: Size | None = None,
-        stride: Size = 1,
-        padding: Size | str = "same",
-        dilation: Size = 1,
-        recurrent_dilation: Size = 1,
-        **options: Any,
-    ) -> None:
-        plural = {"hidden_sizes", "strides", "paddings", "dilations", "dropout", "bidirectional"} & set(options)
-        if plural:
-            raise TypeError(
-                f"{type(self).__name__} is one layer of one direction and takes no {', '.join(sorted(plural))}"
-            )
-        super().__init__(
-            input_size,
-            [hidden_size],
-            [kernel_size],
-            recurrent_kernel_sizes=None if recurrent_kernel_size is None else [recurrent_kernel_size],
-            strides=[stride],
-            paddings=padding if isinstance(padding, str) else [padding],
-            dilations=[dilation],
-            recurrent_dilations=[recurrent_dilation],
-            **options,
-        )
-
-
-class ConvGRUCell1d(ConvGRUCell):
-    """:class:`ConvGRUCell` over frames (B, input_size, L) and clips of them: h' = (1-z).h + z.c.
-
-    Example:
-        >>> import torch, convrnn
-        >>> convrnn.ConvGRUCell1d(3, 8, kernel_size=3)(torch.rand(2, 3, 9))[0].shape
-        torch.Size([2, 8, 9])
-    """
-
-    spatial_dims: ClassVar[int] = 1
-
-
-class ConvGRUCell3d(ConvGRUCell):
-    """:class:`ConvGRUCell` over volumes (B, input_size, D, H, W) and clips of them: h' = (1-z).h + z.c.
-
-    Example:
-        >>> import torch, convrnn
-        >>> convrnn.ConvGRUCell3d(3, 8, kernel_size=3)(torch.rand(2, 3, 4, 4, 4))[0].shape
-        torch.Size([2, 8, 4, 4, 4])
-    """
-
-    spatial_dims: ClassVar[int] = 3
-
-
-class SepConvGRUCell(nn.Module):
-    """h <- ConvGRUCell(x, h) with kernels 1 x k, then h <- ConvGRUCell(x, h) with kernels k x 1: two updates a frame.
-
-    In each, z near 1 takes the candidate, z near 0 keeps the state: h' = (1-z).h + z.c. The update of RAFT.
-
-    Args:
-        input_size: channels of a frame.
-        hidden_size: channels of the state and of the output.
-        kernel_size: the length k of both kernels.
-        options: any other argument of :class:`ConvGRUCell`, given to both, but for strides and paddings.
-
-    Raises:
-        TypeError: an argument has the wrong type, or there is no such argument.
-        ValueError: a number is out of range, or arguments exclude one another.
-
-    Source:
-        Teed and Deng, "RAFT: Recurrent All-Pairs Field Transforms for Optical Flow", ECCV 2020, arXiv 2003.12039.
-
-    Example:
-        >>> import torch, convrnn
-        >>> cell = convrnn.SepConvGRUCell(3, 8)
-        >>> out, h = cell(torch.rand(2, 3, 6, 6))
-        >>> out.shape, h[0].shape
-        (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, kernel_size: int = 5, **options: Any) -> None:
-        super().__init__()
-        length = as_int("kernel_size", kernel_size, 1)
-        if refused := {"stride", "padding", "recurrent_kernel_size"} & set(options):
-            raise TypeError(
-                f"SepConvGRUCell keeps the size of a frame and its kernels, and takes no {', '.join(sorted(refused))}"
-            )
-        self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **options)
-        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **{**options, "learn_h0": False})
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
-
-        ``lengths`` and ``reset`` are those of :class:`ConvGRU`.
-
-        Returns:
-            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W); zero behind a row's end.
-            h_n: list of the state after the last frame of each row.
-
-        Raises:
-            TypeError: an argument is no Tensor, ``h`` no list of one, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit.
-        """
-        if check_clip(x, 2, self.horizontal.input_size, self.horizontal.batch_first):
-            return self._update(x, h, lengths, reset)
-        time = 1 if self.horizontal.batch_first else 0
-        clip = x if time == 1 else x.transpose(0, 1)
-        live, reset = read_masks(clip, False, self.horizontal.batch_first, lengths, reset)
-        check_states(h, 1)
-        out: list[Tensor] = []
-        state = self.init_hidden_state(x) if h is None else [*h]
-        for t, frame in enumerate(clip.unbind(1)):
-            there = None if live is None else live[:, t].long()  # one frame of a row, or none
-            frame_out, state = self._update(frame, state, there, None if reset is None else reset[:, t])
-            out.append(frame_out)
-        if not out:
-            return state[0].unsqueeze(time).narrow(time, 0, 0), state
-        return torch.stack(out, time), state
-
-    def _update(
-        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        _, state = self.horizontal(x, h, lengths=lengths, reset=reset)
-        out, state = self.vertical(x, state, lengths=lengths)
-        return out, state
-
-    def step(
-        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one frame (B, input_size, H, W)."""
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            raise ValueError(f"x must be one frame (B, {self.horizontal.input_size}, H, W)")
-        return self._update(x, h, None, reset)
-
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the state that ``h=None`` stands for, of the dtype and device of x."""
-        return self.horizontal.init_hidden_state(x)

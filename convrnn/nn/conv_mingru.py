@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ._checks import as_bool, as_int, as_sizes, check_sequence
 from ._convolution import Conv, Size, Sizes, as_convolutions
+from ._mingru_layer import check_read, scan
 from ._parts import Norm
-from .mingru import MinGRUBase, MinGRUStack, check_read, scan, state_size
+from .mingru import MinGRUBase, MinGRUStack, state_size
 
 __all__ = [
     "MinConv1dGRU",
@@ -57,9 +58,11 @@ class MinConvGRUCell(MinGRUBase):
             padding_mode=padding_mode,
             plural=False,
         )
-        self.to_gate_hidden = Conv(
-            convolution, size_in, size, 2, bias=as_bool("bias", bias), device=device, dtype=dtype
-        )
+        self.hidden_size, self.bias = size, as_bool("bias", bias)
+        self.kernel_size, self.stride, self.dilation = convolution.kernel, convolution.stride, convolution.dilation
+        self.padding = padding if isinstance(padding, str) else convolution.each_side
+        self.groups, self.separable, self.padding_mode = groups, separable, padding_mode
+        self.to_gate_hidden = Conv(convolution, size_in, size, 2, bias=bias, device=device, dtype=dtype)
 
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
@@ -73,9 +76,9 @@ class MinConvGRUCell(MinGRUBase):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden, *S')], of x's dtype and device."""
-        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        frame = check_sequence(x, self.layout, self.input_size)
         size = self.to_gate_hidden.size(list(x.shape[2:]) if frame else list(x.shape[3:]))
-        return [x.new_full([x.shape[0], 1, self.layer_sizes[1]] + size, 0.5)]
+        return [x.new_full([x.shape[0], 1, self.hidden_size] + size, 0.5)]
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
@@ -144,6 +147,12 @@ class MinConvGRU(MinGRUStack):
             device=device,
             dtype=dtype,
         )
+        self.kernel_sizes = [conv.kernel for conv in convolutions]
+        self.strides = [conv.stride for conv in convolutions]
+        self.paddings = paddings if isinstance(paddings, str) else [conv.each_side for conv in convolutions]
+        self.dilations = [conv.dilation for conv in convolutions]
+        self.groups = [conv.groups for conv in convolutions]
+        self.separable, self.padding_mode = separable, padding_mode
 
 
 class MinConv2dGRUCell(MinConvGRUCell):

@@ -9,6 +9,7 @@ from ._checks import as_bool, as_int, as_pair, check_sequence, check_shape
 from ._convolution import Convolution
 from ._gru_layer import GRUParameters
 from ._masks import blank, read_masks
+from ._parts import described
 
 __all__ = ["GRU_RCN"]
 
@@ -71,7 +72,7 @@ class GRU_RCN(GRUParameters):
             convolution,
             convolution,
             bias=as_bool("bias", bias),
-            recompute=bool(recompute),
+            recompute=as_bool("recompute", recompute),
             device=device,
             dtype=dtype,
         )
@@ -144,8 +145,4 @@ class GRU_RCN(GRUParameters):
         return [x.shape[0], self.nb_kernels, x.shape[3], x.shape[4]]
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.kernel_size}, "
-            f"batch_first={self.batch_first}, bias={self.bias is not None}"
-            + (", recompute=True" if self.recompute else "")
-        )
+        return described(self)

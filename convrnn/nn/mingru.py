@@ -1,4 +1,4 @@
-"""minGRU and minLSTM: a projection of each step and the scan over time; one layer, or several stacked."""
+"""minGRU and minLSTM, one layer or several stacked; what every layer of the family does around its scan."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
 from convrnn.ops._codes import encode
 
 from ._checks import (
@@ -19,202 +18,19 @@ from ._checks import (
     as_probability,
     as_sizes,
     check_sequence,
-    check_shape,
     check_states,
 )
-from ._convolution import Conv, Convolution
+from ._convolution import Convolution
 from ._masks import blank, read_masks, resets_before, run_packed
-from ._parts import Norm, fill_gate_bias, make_feature_norm, make_norm, reset_parameters
+from ._mingru_layer import MinGRULayer, check_read, projection, scan
+from ._parts import Norm, described, make_feature_norm, make_norm
 
 __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
-
-
-def scan(gate_hidden: Tensor, h: Tensor | None, i: int, codes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Runs minGRU over (B, T, 2C, *S) from the state h (B, 1, C, *S), the i-th; None is the 'zero' state."""
-    if h is not None:
-        name, shape = f"h[{i}]", list(gate_hidden.shape)
-        check_shape(name, h, [shape[0], 1, shape[2] // 2] + shape[3:])
-        check_floating(name, h)
-        check_same_device(name, h, "x", gate_hidden)
-        h = h.squeeze(1)
-    out, h_n = torch.ops.convrnn.mingru(gate_hidden, h, codes)
-    return out, h_n.unsqueeze(1)
-
-
-def gates_of_lstm(forget_input_hidden: Tensor) -> Tensor:
-    """Returns [gate, hidden] of the minGRU whose z is minLSTM's i/(f+i), from the packed f, i, hidden (N, 3C, *S)."""
-    forget, take, hidden = forget_input_hidden.chunk(3, 1)
-    gate = F.logsigmoid(take) - F.logsigmoid(forget)
-    return torch.cat((gate.to(hidden.dtype), hidden), 1)
-
-
-def projection(
-    convolution: Convolution | None, size_in: int, size_out: int, packed: int, bias: bool, **factory: Any
-) -> nn.Module:
-    """What reads a step: ``packed`` linear maps, or convolutions, in one."""
-    if convolution is None:
-        return nn.Linear(size_in, packed * size_out, bias=bias, **factory)
-    return Conv(convolution, size_in, size_out, packed, bias=bias, **factory)
 
 
 def state_size(size: int, expand: float) -> int:
     """Features of the state where the output has ``size``."""
     return max(1, int(as_positive("expand", expand) * size + 1e-9))  # 0.29 * 100 is 29
-
-
-def check_read(x: Tensor, reader: nn.Module) -> None:
-    """TypeError unless x has the dtype of the weight that reads it, or autocast is on. What has none takes any."""
-    weight = getattr(reader, "weight", x)
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype and weight.is_floating_point():
-        check_floating("x", x)
-        if not autocast_is_on(x.device.type):
-            check_same_dtype("x", x, "the parameters", weight)
-
-
-class MinGRUDirection(nn.Module):
-    """h' = (1-z).h + z.g(hidden) with [gate, hidden] = gate_hidden(x), or minLSTM's, in one direction of time."""
-
-    h0: Tensor | None
-    lstm: Final[bool]
-    batch_first: Final[bool]
-    backwards: Final[bool]
-
-    def __init__(
-        self,
-        size_in: int,
-        size: int,
-        size_out: int,
-        convolution: Convolution | None,
-        *,
-        lstm: bool,
-        bias: bool,
-        gate_bias: float | str | None,
-        chrono_max: int | None,
-        learn_h0: bool,
-        batch_first: bool,
-        backwards: bool,
-        norm: nn.Module | None = None,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        if norm is not None:
-            self.norm = norm  # first: the order of parameters is that of optimizers' checkpoints
-        ones = () if convolution is None else tuple(1 for _ in convolution.kernel)
-        pixel = None if convolution is None else Convolution(ones, ones, dilation=ones)
-        self.size, self.lstm, self.batch_first, self.backwards = size, lstm, batch_first, backwards
-        self.gate_bias, self.chrono_max = gate_bias, chrono_max
-        self.gate_hidden = projection(convolution, size_in, size, 3 if lstm else 2, bias, **factory)
-        self.out_proj = None if size == size_out else projection(pixel, size, size_out, 1, False, **factory)
-        self.register_parameter("h0", nn.Parameter(torch.empty(size, *ones, **factory)) if learn_h0 else None)
-        self.reset_own()
-
-    def reset_own(self) -> None:
-        """Initialises what the projections do not by themselves."""
-        if self.h0 is not None:
-            nn.init.constant_(self.h0, 0.5)
-        bias: Any = self.gate_hidden.bias
-        if self.gate_bias is not None and bias is not None:
-            gate = bias[: self.size]
-            if self.lstm:  # z = i/(f+i): the input's gate is biased towards taking, the forget gate against keeping
-                gate = bias[self.size : 2 * self.size]
-            fill_gate_bias(gate, self.gate_bias, self.chrono_max)
-            if self.lstm:
-                with torch.no_grad():
-                    bias[: self.size] = -gate
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor did."""
-        reset_parameters(self.children())
-        self.reset_own()
-
-    def initial_state(self, x: Tensor, batch: int, size: list[int]) -> Tensor:
-        """Returns the state that None stands for, (B, 1, C, *S) in x's dtype: 1/2, or h0 where it is learned."""
-        shape = [batch, 1, self.size] + size
-        h0 = self.h0
-        return x.new_full(shape, 0.5) if h0 is None else h0.expand(shape).to(x.dtype)
-
-    if TYPE_CHECKING:
-        forward: Any  # a layer's, below, takes other arguments
-    else:
-
-        def forward(
-            self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
-        ) -> tuple[Tensor, Tensor]:
-            return self.recur(frames, x, h, i, codes, resets)
-
-    def recur(
-        self, frames: Tensor, x: Tensor, h: Tensor | None, i: int, codes: Tensor | None, resets: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Runs over the frames of x, (B, T) or (T, B) of them in one dimension; returns x's output, and the last state."""
-        gate_hidden = self.gate_hidden(frames)
-        if self.lstm:
-            gate_hidden = gates_of_lstm(gate_hidden)
-        gate_hidden = gate_hidden.unflatten(0, x.shape[:2])
-        if not self.batch_first:
-            gate_hidden = gate_hidden.transpose(0, 1)
-        if self.backwards:
-            gate_hidden = gate_hidden.flip(1)
-        h0 = self.h0
-        if h0 is not None and h is None:
-            h = self.initial_state(gate_hidden, gate_hidden.shape[0], list(gate_hidden.shape[3:]))
-        if h0 is not None and h is not None and resets:
-            # The scan begins anew at 1/2. It is linear in the state: what h0 has beyond that decays beside it; in float32,
-            # for where h0 is small the two cancel.
-            dtype = torch.promote_types(gate_hidden.dtype, torch.float32)
-            precise = gate_hidden.to(dtype)
-            gate = precise[:, :, : self.size]
-            nothing = torch.full_like(gate, -1e4)  # g of it is zero
-            out, h_n = scan(precise, h.to(dtype), i, codes)
-            decay, decay_n = scan(torch.cat((gate, nothing), 2), torch.zeros_like(h_n), i, codes)
-            beyond = 2.0 * h0.to(dtype) - 1.0
-            out, h_n = (out + decay * beyond).to(gate_hidden.dtype), (h_n + decay_n * beyond).to(h.dtype)
-        else:
-            out, h_n = scan(gate_hidden, h, i, codes)
-        if self.backwards:
-            out = out.flip(1)
-        if not self.batch_first:
-            out = out.transpose(0, 1)
-        if self.out_proj is not None:
-            out = self.out_proj(out.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return out, h_n
-
-
-class MinGRULayer(MinGRUDirection):
-    """A direction over norm(x), a second one beside it where bidirectional, plus res_align(x) if there is one."""
-
-    def __init__(
-        self, *sizes: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
-    ) -> None:
-        super().__init__(*sizes, backwards=False, norm=norm, **options)
-        self.reverse = MinGRUDirection(*sizes, backwards=True, **options) if bidirectional else None
-        self.res_align = res_align
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None,
-        i: int,
-        codes: Tensor | None,
-        codes_back: Tensor | None,
-        resets: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs over (B, T, channels, *S) from the states ``h`` of its directions, the i-th and the next of the stack."""
-        if not self.batch_first:
-            x = x.transpose(0, 1)
-        if i == 0 and not torch.jit.is_scripting():
-            check_read(x, self.gate_hidden)
-        frames = x.flatten(0, 1)
-        read = self.norm(frames)
-        out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
-        states = [h_n]
-        if self.reverse is not None:
-            back, h_n = self.reverse(read, x, None if h is None else h[i + 1], i + 1, codes_back, resets)
-            out = torch.cat((out, back), 2)
-            states.append(h_n)
-        if self.res_align is not None:
-            # Added frame by frame: the sum of two (B, T, ...) views would tie torch.export to one T.
-            out = (out.flatten(0, 1) + self.res_align(frames)).unflatten(0, x.shape[:2])
-        return out if self.batch_first else out.transpose(0, 1), states
 
 
 class MinGRUBase(nn.Module):
@@ -231,10 +47,13 @@ class MinGRUBase(nn.Module):
     def __init__(self, layout: str, sizes: list[int], batch_first: bool = True, bidirectional: bool = False) -> None:
         super().__init__()
         self.layout = layout if batch_first else layout.replace("(B, S,", "(S, B,")
-        self.layer_sizes = tuple(sizes)
+        self.input_size, self.layer_sizes = sizes[0], tuple(sizes)
         self.num_layers = len(sizes) - 1
         self.num_states = (2 if bidirectional else 1) * self.num_layers
         self.batch_first, self.bidirectional = batch_first, bidirectional
+
+    def extra_repr(self) -> str:
+        return described(self)
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
@@ -265,7 +84,7 @@ class MinGRUBase(nn.Module):
         """
         if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
             return run_packed(self, x, h, lengths, reset, self.batch_first)
-        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        frame = check_sequence(x, self.layout, self.input_size)
         if frame:
             x = x.unsqueeze(1)
         elif not self.batch_first:
@@ -339,14 +158,10 @@ class MinGRUStack(MinGRUBase):
         **factory: Any,
     ) -> None:
         super().__init__(layout, sizes, as_bool("batch_first", batch_first), as_bool("bidirectional", bidirectional))
-        residual = as_bool("residual", residual)
-        start, chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, as_bool("bias", bias))
-        options: dict[str, Any] = {
-            "bias": bias,
-            "gate_bias": None if gate_bias is None else start,
-            "chrono_max": chrono_max,
-            "learn_h0": as_bool("learn_h0", learn_h0),
-        }
+        self.residual, self.bias = as_bool("residual", residual), as_bool("bias", bias)
+        start, self.chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, bias)
+        self.gate_bias, self.learn_h0 = None if gate_bias is None else start, as_bool("learn_h0", learn_h0)
+        self.norm, self.expand = norm, as_positive("expand", expand)
         self.hidden_sizes = sizes[1:]
         self.dropout = as_probability("dropout", dropout)
         self.layers = nn.ModuleList()
@@ -371,22 +186,13 @@ class MinGRUStack(MinGRUBase):
                 bidirectional=bidirectional,
                 batch_first=batch_first,
                 lstm=self.lstm,
-                **options,
+                bias=bias,
+                gate_bias=self.gate_bias,
+                chrono_max=self.chrono_max,
+                learn_h0=learn_h0,
                 **factory,
             )
             self.layers.append(layer)
-        described = {
-            "hidden_sizes": self.hidden_sizes,
-            "norm": norm,
-            "dropout": self.dropout,
-            "residual": residual,
-            "expand": None if expand == 1.0 else expand,
-            **options,
-            "bias": None if bias else "False",
-            "bidirectional": bidirectional,
-            "batch_first": None if batch_first else "False",
-        }
-        self.description = ", ".join(f"{name}={value}" for name, value in described.items() if value)
 
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
@@ -403,7 +209,7 @@ class MinGRUStack(MinGRUBase):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for, of x's dtype and device: 1/2, or those learned."""
-        frame = check_sequence(x, self.layout, self.layer_sizes[0])
+        frame = check_sequence(x, self.layout, self.input_size)
         batch = x.shape[0] if frame or self.batch_first else x.shape[1]
         size = list(x.shape[2:]) if frame else list(x.shape[3:])
         states: list[Tensor] = []
@@ -419,9 +225,6 @@ class MinGRUStack(MinGRUBase):
         """Initialises all parameters anew, as the constructor did."""
         for layer in self.layers:
             layer.reset_parameters()
-
-    def extra_repr(self) -> str:
-        return f"{self.layer_sizes[0]}, {self.description}"
 
 
 class MinGRUCell(MinGRUBase):
@@ -464,9 +267,8 @@ class MinGRUCell(MinGRUBase):
     ) -> None:
         sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
         super().__init__("(B, S, input_size)", sizes)
-        self.to_gate_hidden = nn.Linear(
-            self.layer_sizes[0], 2 * self.layer_sizes[1], bias=as_bool("bias", bias), device=device, dtype=dtype
-        )
+        self.hidden_size, self.bias = sizes[1], as_bool("bias", bias)
+        self.to_gate_hidden = nn.Linear(self.input_size, 2 * self.hidden_size, bias=bias, device=device, dtype=dtype)
 
     def run(
         self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
@@ -479,8 +281,8 @@ class MinGRUCell(MinGRUBase):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden_size)], of x's dtype and device."""
-        check_sequence(x, self.layout, self.layer_sizes[0])
-        return [x.new_full([x.shape[0], 1, self.layer_sizes[1]], 0.5)]
+        check_sequence(x, self.layout, self.input_size)
+        return [x.new_full([x.shape[0], 1, self.hidden_size], 0.5)]
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""

@@ -11,6 +11,7 @@ from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, ch
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
 from ._masks import blank, read_masks
+from ._parts import described
 
 __all__ = ["StackedGRU_RCN"]
 
@@ -78,10 +79,11 @@ class StackedGRU_RCN(nn.Module):
                 f"got {len(self.nb_kernels)}"
             )
         self.batch_first = as_bool("batch_first", batch_first)
-        self.convolution = Convolution(as_pair("kernel_size", kernel_size, 1))
+        self.kernel_size, self.bias = as_pair("kernel_size", kernel_size, 1), as_bool("bias", bias)
+        self.convolution = Convolution(self.kernel_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.levels = nn.ModuleList(
-            GRULayer(size_in, size, self.convolution, self.convolution, bias=as_bool("bias", bias), **factory)
+            GRULayer(size_in, size, self.convolution, self.convolution, bias=bias, **factory)
             for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
         )
         self.bottom_up = _Weights(
@@ -127,7 +129,7 @@ class StackedGRU_RCN(nn.Module):
             TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
             ValueError: a shape, the number of levels or a mask's device does not fit.
         """
-        maps, frame = self._maps(xs)
+        maps, frame = self.as_clips(xs)
         check_states(h, len(self.levels))
         live, reset = read_masks(maps[0], frame, self.batch_first, lengths, reset)
         if live is not None:
@@ -170,11 +172,11 @@ class StackedGRU_RCN(nn.Module):
         """Returns the states that ``h=None`` stands for: zeros, of the dtype and device of each level's maps."""
         return [
             x.new_zeros(x.shape[0], size, *x.shape[3:])
-            for x, size in zip(self._maps(xs)[0], self.nb_kernels, strict=True)
+            for x, size in zip(self.as_clips(xs)[0], self.nb_kernels, strict=True)
         ]
 
-    def _maps(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-        """The maps (B, L, Ox, H, W), and whether they are those of one frame."""
+    def as_clips(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """Returns the maps, checked, as (B, L, Ox, H, W), and whether they are those of one frame."""
         if not isinstance(xs, (list, tuple)):
             raise TypeError(f"xs must be a list of {len(self.levels)} Tensors, got {type(xs).__name__}")
         if len(xs) != len(self.levels):
@@ -190,4 +192,4 @@ class StackedGRU_RCN(nn.Module):
         return maps, frames[0]
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.nb_kernels}, kernel_size={self.convolution.kernel}"
+        return described(self)

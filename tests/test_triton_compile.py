@@ -70,8 +70,8 @@ def run_gru_step(dtype: torch.dtype, arrangement: str, state: torch.dtype) -> No
 def run_gru_rcn(
     dtype: torch.dtype, with_h0: bool, space: tuple[int, ...] = (4, 4), codes: Tensor | None = None
 ) -> None:
-    ones = [1] * len(space)
-    x, h0 = torch.zeros(2, 3, 2, *space, dtype=dtype), torch.zeros(2, 8, *space, dtype=dtype)
+    ones, batch = [1] * len(space), 2 if codes is None else len(codes)
+    x, h0 = torch.zeros(batch, 3, 2, *space, dtype=dtype), torch.zeros(batch, 8, *space, dtype=dtype)
     W, U, C = (x.new_zeros(shape) for shape in ((24, 2, *ones), (16, 8, *ones), (8, 8, *ones)))
     h0 = h0 if with_h0 else None
     out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, None, codes=codes)
@@ -228,6 +228,20 @@ def test_neither_steps_nor_sizes_are_specialised() -> None:
             run_log_scan(torch.float32, "contiguous", steps)
         codes.append([launch.asm["sass"] for launch in launches])
     assert all(code == codes[0] for code in codes)
+
+
+def test_codes_begin_anywhere() -> None:
+    """One machine code of each kernel, whether its codes begin at a multiple of 16 bytes or, as in a batch of 3 all but the
+    first step's do, elsewhere."""
+    found = []
+    for batch in (16, 3):
+        gate_hidden, codes = frames(2, 5, 64, dtype=torch.float32), torch.empty(26, dtype=torch.uint8)[batch:][:10]
+        with compiling(90) as launches:
+            run_gru_rcn(torch.float32, with_h0=True, codes=torch.zeros(batch, 3, dtype=torch.uint8))
+            h, h_n = mingru.mingru_fwd(gate_hidden, codes=codes.view(2, 5))
+            mingru.mingru_bwd(h, h_n, gate_hidden, None, h, codes.view(2, 5))
+        found.append({(launch.kernel, launch.asm["ttir"]) for launch in launches})
+    assert len({kernel for kernel, _ in found[0]}) == 6 and found[0] == found[1]
 
 
 def test_unaligned_sizes_use_the_widest_access_that_divides_them() -> None:

@@ -35,8 +35,8 @@ demo: $(LIBRARY)
 	$(BIN)/python -m examples.video_classification demo
 
 # The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter. A process a core, one thread
-# each: more would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# each: more would wait for one another. Files are begun in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(LIBRARY)
 	$(PYTEST) $(ARGS)
 	CONVRNN_BACKEND=triton $(PYTEST) $(ARGS)

@@ -84,7 +84,7 @@ def loss(x, outputs):
 
 
 @pytest.mark.parametrize("layers", [gru_layers, mingru_layers])
-@hypothesis.settings(max_examples=20 if INTERPRETED else 120, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=8 if INTERPRETED else 120, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_layer_equals_its_reference(layers, data):
     kind, hidden, arguments = data.draw(layers())

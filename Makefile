@@ -35,8 +35,8 @@ demo: $(LIBRARY)
 	$(BIN)/python -m examples.video_classification demo
 
 # The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter. A process a core, one thread
-# each: more would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# each: more would wait for one another. Files are begun in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(LIBRARY)
 	$(PYTEST) $(ARGS)
 	CONVRNN_BACKEND=triton $(PYTEST) $(ARGS)
@@ -75,18 +75,20 @@ wheel: $(LIBRARY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-# The one wheel, as it is, beside each of these PyTorches in an environment of its own; the tests run from a copy, so that
-# nothing of the checkout is imported. Downloads a PyTorch each: for releases, CI does not call it.
-WHEEL_TORCH ?= 2.10.0 2.13.0 2.14.1
+# The one wheel, as it is, beside each of these PyTorches in an environment of its own, newest being what pip takes where it
+# may choose; the tests run from a copy, so that nothing of the checkout is imported. Downloads a PyTorch each: for releases,
+# CI does not call it.
+WHEEL_TORCH ?= 2.10.0 2.13.0 2.14.1 newest
 WHEEL_TESTS := $(foreach name,registration opcheck mingru log_scan gru_rcn nn_gru_rcn nn_mingru nn_conv_mingru torchscript,tests/test_$(name).py)
 test-wheel: wheel
 	@set -e; for torch in $(WHEEL_TORCH); do \
 	  folder=build/wheel-$$torch; rm -rf $$folder/tests; mkdir -p $$folder; \
 	  cp -r tests pyproject.toml $$folder; \
 	  test -x $$folder/venv/bin/python || $(PYTHON) -m venv $$folder/venv; \
-	  $$folder/venv/bin/python -m pip install --quiet "torch==$$torch" numpy pytest pytest-xdist; \
+	  if test $$torch = newest; then wanted="--upgrade torch"; else wanted="torch==$$torch"; fi; \
+	  $$folder/venv/bin/python -m pip install --quiet $$wanted numpy pytest pytest-xdist; \
 	  $$folder/venv/bin/python -m pip install --quiet --force-reinstall --no-deps dist/convrnn-*-cp310-abi3-*.whl; \
-	  (cd $$folder && echo "torch $$torch" && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q -n auto --dist loadfile $(WHEEL_TESTS) $(ARGS)); \
+	  (cd $$folder && venv/bin/python -c "import torch; print('torch', torch.__version__)" && OMP_NUM_THREADS=1 venv/bin/python -m pytest -q -n auto --dist loadfile $(WHEEL_TESTS) $(ARGS)); \
 	done
 
 clean:

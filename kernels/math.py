@@ -26,10 +26,14 @@ VECTOR_BYTES = 16
 def jit_kernel(fn: Callable) -> triton.JITFunction:
     """``triton.jit`` for a kernel whose integers are annotated (tl.int32, tl.int64), so that none is specialised.
 
-    Otherwise Triton compiles anew for a value of 1 and for multiples of 16, and counts in 32 bits where a value fits.
+    Otherwise Triton compiles anew for a value of 1 and for multiples of 16, and counts in 32 bits where a value fits. Nor
+    is the address of ``codes``, which are read byte by byte: a step's begin anywhere.
     """
-    sizes = [p.name for p in inspect.signature(fn).parameters.values() if p.annotation in (tl.int32, tl.int64)]
-    return triton.jit(fn, do_not_specialize=sizes)
+    names = inspect.signature(fn).parameters
+    sizes = [name for name, p in names.items() if p.annotation in (tl.int32, tl.int64)]
+    return triton.jit(
+        fn, do_not_specialize=sizes, do_not_specialize_on_alignment=[name for name in names if name == "codes"]
+    )
 
 
 @triton.jit

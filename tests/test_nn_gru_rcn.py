@@ -140,6 +140,7 @@ def test_dtypes_and_meta(device):
     assert low.shape == out.shape and low_n.shape == h_n.shape
 
 
+@pytest.mark.compiled
 def test_script_and_compile(device):
     rnn, (x, h) = layer(device, (3, 2), batch_first=False, bias=True), inputs(device)
     x = x.transpose(0, 1)

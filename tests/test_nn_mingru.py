@@ -101,6 +101,7 @@ def test_chunks_carry_the_state(case, sizes, device):
     assert_close((torch.cat(parts, 1), h), (whole, last))
 
 
+@pytest.mark.compiled
 def test_dropout_between_layers_only(device):
     torch.manual_seed(0)
     rnn = MinGRU(SIZE, [64, 4], dropout=0.25, device=device)

@@ -7,6 +7,8 @@ from torch.testing import assert_close
 import convrnn
 from convrnn import state
 
+pytestmark = pytest.mark.compiled  # nothing here asks which kernel computes
+
 B, T = 3, 5
 LAYERS = {
     "ConvGRU": lambda: convrnn.ConvGRU(2, [4, 3], 3, strides=[1, 2], learn_h0=True, bidirectional=True, bias=True),

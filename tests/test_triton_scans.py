@@ -18,6 +18,7 @@ pytestmark = pytest.mark.interpreted
 
 LAYOUTS = ("contiguous", "chunk", "channels_last", "time_first", "expanded", "odd")
 STEPS = (1, 2, 3, 4, 5, 6, 7)  # around the 4 steps that forward loads ahead, and the 2 of backward
+FEW_STEPS = (1, 4, 7)  # of a dtype that changes nothing of the loops: behind them, in them, both
 
 # Allowed error in units of the dtype's epsilon. Forward rounds float32 on output, backward reads what was rounded.
 SCAN, SCAN_GRAD = 4, 16
@@ -57,7 +58,7 @@ def test_mingru_layouts(layout: str, steps: int, with_h0: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_h0", (False, True), ids=("no_h0", "h0"))
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", FEW_STEPS)
 @pytest.mark.parametrize("layout", ("contiguous", "chunk", "channels_last", "time_first"))
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_mingru_layouts_of_other_dtypes(dtype: torch.dtype, layout: str, steps: int, with_h0: bool) -> None:
@@ -159,9 +160,12 @@ def check_log_scan(log_a: Tensor, log_b: Tensor) -> None:
     assert all(x.is_contiguous() for x in (log_x, *actual))
 
 
-@pytest.mark.parametrize("steps", (0, *STEPS))
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [(dtype, n) for dtype in DTYPES for n in ((0, *STEPS) if dtype == torch.float32 else FEW_STEPS)],
+    ids=str,
+)
 def test_log_scan(dtype: torch.dtype, layout: str, steps: int) -> None:
     log_a = -arrange(randn(2, steps, 7, 5, dtype=dtype, seed=1), layout).abs()
     log_b = arrange(randn(2, steps + 1, 7, 5, dtype=dtype, seed=2), layout)

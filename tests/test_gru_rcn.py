@@ -187,12 +187,14 @@ def test_threads_do_not_change_a_bit(batch, channels, size, dtype):
         (2, (7, 33), (6, 5), (5, 5)),  # odd: channels come in pairs
         (9, (4, 8), (1, 1), (3, 3)),  # most taps meet no frame
         (2, (8, 16), (3, 5, 6), (3, 3, 3)),
-        (1, (4, 160), (14, 5), (1, 5)),
+        (4, (4, 160), (14, 5), (1, 5)),  # more frames than weight gradients take at once
+        (2, (5, 40), (3, 7), (1, 1)),  # no zeros beside a row, whose pixels come in pairs
+        (3, (6, 16), (8, 5), (3, 4)),
     ],
     ids=str,
 )
 def test_products_of_bfloat16(batch, channels, size, kernel):
-    """Where the CPU has them, convolutions multiply h and r.h as bfloat16 and sum in float32."""
+    """Where the CPU has them, convolutions and weight gradients multiply bfloat16 numbers and sum in float32."""
     arguments = make(batch, 3, channels, size, [kernel] * 3, bias=True)
     arguments[2:5] = [w / 4 for w in arguments[2:5]]
     check_against_reference(gru_rcn, reference.gru_rcn, [a.bfloat16() for a in arguments])

@@ -249,12 +249,13 @@ void Convolution<A>::pairs([[maybe_unused]] const A* in, [[maybe_unused]] const 
             const int64_t y = row % size.height + kernel_row % kernel.height - shape_.before.height;
             if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
               const int64_t pixel = frame.pixel(depth, y) + first - shape_.before.width;
-              factors.push_back({reinterpret_cast<const uint16_t*>(rounded + pixel * lanes),
+              factors.push_back({reinterpret_cast<const uint32_t*>(rounded + pixel * lanes),
                                  reinterpret_cast<const uint32_t*>(weights) +
                                      (kernel_row * kernel.width + first) * lanes / 2 * width});
             }
           }
-          multiply_pairs(factors, taps * lanes / 2, size.width, panel.blocks, lanes, width, shape_.out.pixel, to);
+          multiply_pairs(factors, taps * lanes / 2, size.width, panel.blocks, {lanes / 2, 1, width, shape_.out.pixel}, to,
+                         false);
         }
         weights += panel.blocks * panel_size_;
       }

@@ -5,8 +5,8 @@
 //   Winograd  F(2x2, 3x3) and F(4x4, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36,
 //             or of 4x4, 36 for 144.
 //
-// Weights in bfloat16 are multiplied as such by the direct method, where the machine has an instruction for it and tiles of
-// 4x4 do not serve: the frame is then rounded to bfloat16, sums are float32.
+// Where the machine has an instruction for it and tiles of 4x4 do not serve, the direct method multiplies bfloat16 for tensors
+// that hold such: the frame, in a weight gradient both factors, is then rounded to it, sums are float32.
 //
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
 // An infinity in a frame makes NaN of the whole tile that it is read with, where the definition would not.

@@ -81,13 +81,18 @@ class Backward {
         codes_(operands.codes),
         kept_(recompute_ ? nullptr : const_cast<T*>(data<T>(gates))),  // not written: it is kept
         dh_(p.batch * plane()) {
-    constexpr int64_t kChunk = 2 << 20;  // bytes of the frames of a chunk of steps
     step_size_ = padded(p.frame.pixels() * (5 * p.pitch + (projects_ ? p.inputs : 0)));
-    chunk_ = chunk_of(kChunk, p.batch * step_size_ * sizeof(A), p.steps);
+    // Bytes of the frames of a chunk of steps; large weights' gradients are read and written once a chunk.
+    constexpr int64_t kChunk = 2 << 20;
+    const int64_t weights = (projects_ ? 3 * p.w.pixels() * p.inputs : 0) + (2 * p.u.pixels() + p.c.pixels()) * p.channels;
+    const int64_t bytes = std::max<int64_t>(kChunk, p.pitch * weights * sizeof(A) / 2);
+    chunk_ = chunk_of(bytes, p.batch * step_size_ * sizeof(A), p.steps);
     const auto want = [&](const std::optional<Tensor>& weight, const Size& kernel, const Channels& in,
                           const Channels& out, int64_t lane, A* Step<T>::*input) {
       if (weight.has_value()) {
-        targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_), input, *weight});
+        targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_,
+                                              std::is_same_v<T, c10::BFloat16>),
+                            input, *weight});
       }
     };
     want(wanted.dU, p.u, p.state(), p.packed(2), 0, &Step<T>::h);

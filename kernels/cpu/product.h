@@ -28,15 +28,15 @@ template <class A>
 void multiply(const Factors<A>* factors, int64_t count, int64_t depth, int64_t rows, int64_t blocks,
               const ProductStrides& strides, A* c, bool accumulate);
 
-// The same of bfloat16 numbers, where the machine multiplies them, with float32 sums: `depth` pairs (k, k + 1) that lie side by
-// side in a row of the first matrix, whose rows are a_row elements apart, and in a column of the second. Moves the factors on.
+// The same of bfloat16 numbers, where the machine multiplies them, with float32 sums: elements of both matrices are pairs, (m, 2k)
+// and (m, 2k + 1) of the first, (2k, n) and (2k + 1, n) of the second. Moves the factors on.
 struct PairFactors {
-  const uint16_t* a;
+  const uint32_t* a;
   const uint32_t* b;
 };
 bool multiplies_pairs();
-void multiply_pairs(std::vector<PairFactors>& factors, int64_t depth, int64_t rows, int64_t blocks, int64_t a_row,
-                    int64_t b_k, int64_t c_row, float* c);
+void multiply_pairs(std::vector<PairFactors>& factors, int64_t depth, int64_t rows, int64_t blocks,
+                    const ProductStrides& strides, float* c, bool accumulate);
 
 // The number of column blocks at which `multiply` is fastest, and the most it takes.
 template <class A>

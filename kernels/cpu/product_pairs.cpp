@@ -1,6 +1,5 @@
 // Products of bfloat16 numbers, two at a time, with float32 sums: AVX512-BF16.
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "isa.h"
@@ -21,8 +20,8 @@ namespace {
 
 // Rows [0, M) and N blocks, as `tile` of product_tile.h: five rows a pointer.
 template <int M, int N>
-CONVRNN_AVX512BF16 void tile(const PairFactors* factors, int64_t count, int64_t depth, int64_t row, int64_t b_k,
-                             int64_t c_row, float* c) {
+CONVRNN_AVX512BF16 void tile(const PairFactors* factors, int64_t count, int64_t depth, const ProductStrides& strides,
+                             float* c, bool accumulate) {
   __m512 sums[M][N];
   CONVRNN_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -31,11 +30,10 @@ CONVRNN_AVX512BF16 void tile(const PairFactors* factors, int64_t count, int64_t 
       sums[m][n] = _mm512_setzero_ps();
     }
   }
-  const int64_t row3 = 3 * row;
+  const int64_t row = strides.a_row, row3 = 3 * row, step = strides.a_k, b_k = strides.b_k;
   for (const PairFactors* f = factors; f < factors + count; ++f) {
-    const uint16_t *a0 = f->a, *a5 = a0 + 5 * row, *a10 = a0 + 10 * row;
-    const uint32_t* b = f->b;
-    for (int64_t k = 0; k < depth; ++k, a0 += 2, a5 += 2, a10 += 2, b += b_k) {
+    const uint32_t *a0 = f->a, *a5 = a0 + 5 * row, *a10 = a0 + 10 * row, *b = f->b;
+    for (int64_t k = 0; k < depth; ++k, a0 += step, a5 += step, a10 += step, b += b_k) {
       __m512i right[N];
       CONVRNN_UNROLL
       for (int n = 0; n < N; ++n) {
@@ -43,11 +41,9 @@ CONVRNN_AVX512BF16 void tile(const PairFactors* factors, int64_t count, int64_t 
       }
       CONVRNN_UNROLL
       for (int m = 0; m < M; ++m) {
-        const uint16_t* a = m < 5 ? a0 : m < 10 ? a5 : a10;
+        const uint32_t* a = m < 5 ? a0 : m < 10 ? a5 : a10;
         const int r = m % 5;
-        int32_t pair;
-        std::memcpy(&pair, a + (r == 3 ? row3 : r * row), sizeof(pair));
-        const __m512i left = _mm512_set1_epi32(pair);
+        const __m512i left = _mm512_set1_epi32(static_cast<int32_t>(a[r == 3 ? row3 : r * row]));
         CONVRNN_UNROLL
         for (int n = 0; n < N; ++n) {
           sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)left, (__m512bh)right[n]);
@@ -59,13 +55,14 @@ CONVRNN_AVX512BF16 void tile(const PairFactors* factors, int64_t count, int64_t 
   for (int m = 0; m < M; ++m) {
     CONVRNN_UNROLL
     for (int n = 0; n < N; ++n) {
-      _mm512_storeu_ps(c + m * c_row + n * kColumns, sums[m][n]);
+      float* const out = c + m * strides.c_row + n * kColumns;
+      _mm512_storeu_ps(out, accumulate ? _mm512_add_ps(_mm512_loadu_ps(out), sums[m][n]) : sums[m][n]);
     }
   }
 }
 
 constexpr int kMostRows = 14;
-using Tile = void (*)(const PairFactors*, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
+using Tile = void (*)(const PairFactors*, int64_t, int64_t, const ProductStrides&, float*, bool);
 
 template <int N, int... kRows>
 const Tile* tiles(std::integer_sequence<int, kRows...>) {
@@ -77,17 +74,19 @@ const Tile* tiles(std::integer_sequence<int, kRows...>) {
 #endif
 
 void multiply_pairs([[maybe_unused]] std::vector<PairFactors>& factors, [[maybe_unused]] int64_t depth,
-                    [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t blocks, [[maybe_unused]] int64_t a_row,
-                    [[maybe_unused]] int64_t b_k, [[maybe_unused]] int64_t c_row, [[maybe_unused]] float* c) {
+                    [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t blocks,
+                    [[maybe_unused]] const ProductStrides& strides, [[maybe_unused]] float* c,
+                    [[maybe_unused]] bool accumulate) {
 #ifdef CONVRNN_X86
   using Heights = std::make_integer_sequence<int, kMostRows>;
   const Tile* heights = blocks == 2 ? tiles<2>(Heights{}) : tiles<1>(Heights{});
   const int64_t parts = (rows + kMostRows - 1) / kMostRows;
   for (int64_t part = 0, first = 0; part < parts; ++part) {
     const int64_t height = (rows - first) / (parts - part);
-    heights[height - 1](factors.data(), static_cast<int64_t>(factors.size()), depth, a_row, b_k, c_row, c + first * c_row);
+    heights[height - 1](factors.data(), static_cast<int64_t>(factors.size()), depth, strides, c + first * strides.c_row,
+                        accumulate);
     for (PairFactors& f : factors) {
-      f.a += height * a_row;
+      f.a += height * strides.a_row;
     }
     first += height;
   }

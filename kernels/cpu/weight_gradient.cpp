@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "transpose.h"
 #include "winograd.h"
@@ -34,21 +35,60 @@ int64_t squares(int64_t lanes) {
   return (lanes + kSquare - 1) / kSquare;
 }
 
+// Rows of the frames that a task rounds to pairs at once, for a panel: in the second-level cache.
+struct PairRows {
+  int64_t taps, phases;  // of the kernel's width; of a pair's first pixel, even and odd
+  int64_t pairs, out_pairs;  // of a row of a phase, and of the gradients
+  int64_t size, frames;  // elements of a row of both, and frames at once
+
+  PairRows(const ConvShape& shape, int64_t columns)
+      : taps(shape.last_tap() - shape.first_tap() + 1), phases(std::min<int64_t>(2, taps)) {
+    constexpr int64_t kBytes = 512 << 10;
+    out_pairs = (shape.frame.size.width + 1) / 2;
+    pairs = out_pairs + (taps - 1) / 2;
+    size = phases * pairs * shape.in.lanes() + out_pairs * columns;
+    frames = std::max<int64_t>(1, kBytes / (4 * size * shape.frame.size.rows()));
+  }
+};
+
+// Lanes of a row's pixels (2 i, 2 i + 1) as pairs of bfloat16, zeros behind its last pixel.
+struct RoundPairs {
+  static CONVRNN_INLINE void run(const float* from, int64_t pitch, int64_t pixels, uint32_t* to, int64_t pairs, int64_t lanes) {
+    for (; pairs > 0; --pairs, pixels -= 2, from += 2 * pitch, to += lanes) {
+      const float* second = pixels > 1 ? from + pitch : from;
+      const uint32_t mask = pixels > 1 ? 0xffffffffu : pixels > 0 ? 0xffffu : 0u;
+      if (mask == 0) {
+        std::fill_n(to, lanes, 0u);
+        continue;
+      }
+      CONVRNN_LANES
+      for (int64_t i = 0; i < lanes; ++i) {
+        c10::BFloat16 low, high;
+        store(low, from[i]);
+        store(high, second[i]);
+        to[i] = (static_cast<uint32_t>(high.x) << 16 | low.x) & mask;
+      }
+    }
+  }
+};
+
 }  // namespace
 
 template <class A>
-WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames)
+WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames, bool bfloat16)
     : shape_(shape),
       first_lane_(first_lane),
       columns_(shape.out.gates * shape.out.pitch),
       tile_(tile_of(shape, frames)),
+      pairs_(bfloat16 && multiplies_pairs() && tile_ < 4),
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
+  tile_ = pairs_ ? 0 : tile_;
   if (tile_ > 0) {
     units_ = squares(lanes) * squares(columns_);
     size_ = units_ * products(tile_) * kSquare * kSquare;
   } else {
-    units_ = shape.kernel.depth * shape.kernel.height * static_cast<int64_t>(panels_.size());
+    units_ = (pairs_ ? 1 : shape.kernel.rows()) * static_cast<int64_t>(panels_.size());
     size_ = shape.kernel.pixels() * lanes * columns_;
   }
   // Groups of frames: as many as make kTasks tasks, while their sums take no more than kBytes and every group gets `depth`
@@ -64,6 +104,10 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
 
 template <class A>
 int64_t WeightGradient<A>::scratch_size() const {
+  if (pairs_) {
+    const PairRows rows(shape_, panel_blocks<A>() * kColumns);
+    return padded(rows.frames * shape_.frame.size.rows() * rows.size);
+  }
   const int64_t across = tile_ > 0 ? tiles(shape_.frame.size.width, tile_) : 0;
   return across > 0 ? 2 * products(tile_) * plane_size(std::max(most_tiles(tile_), across), kSquare) : 0;
 }
@@ -78,6 +122,8 @@ void WeightGradient<A>::add(int64_t task, const A* const* inputs, const A* const
     winograd<2>(unit, inputs + begin, gradients + begin, count, square, scratch);
   } else if (tile_ == 4) {
     winograd<4>(unit, inputs + begin, gradients + begin, count, square, scratch);
+  } else if (pairs_) {
+    pairs(unit, inputs + begin, gradients + begin, count, sums, scratch);
   } else {
     direct(unit, inputs + begin, gradients + begin, count, sums);
   }
@@ -110,6 +156,54 @@ void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* co
     const int64_t tap = kernel_row * kernel.width + first + kw;
     multiply(factors.data(), static_cast<int64_t>(factors.size()), size.width, dense ? taps * lanes : lanes, panel.blocks,
              {1, shape_.in.pixel, shape_.out.pixel, columns_}, sums + tap * lanes * columns_ + panel.channel, true);
+  }
+}
+
+// A panel, over all rows of the kernel. A tap's pairs begin at even or at odd pixels: the frame is rounded for both.
+template <class A>
+void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] const A* const* inputs,
+                              [[maybe_unused]] const A* const* gradients, [[maybe_unused]] int64_t frames,
+                              [[maybe_unused]] A* sums, [[maybe_unused]] A* scratch) const {
+  if constexpr (std::is_same_v<A, float>) {
+    const Frame& frame = shape_.frame;
+    const Size &size = frame.size, &kernel = shape_.kernel;
+    const Panel& panel = panels_[unit];
+    const int64_t lanes = shape_.in.lanes(), width = panel.blocks * kColumns;
+    const int64_t first = shape_.first_tap(), left = first - shape_.before.width;
+    const PairRows rows(shape_, panel_blocks<A>() * kColumns);
+    const int64_t phase = rows.pairs * lanes, x_row = rows.phases * phase, dy_row = rows.out_pairs * width;
+    auto* const x = reinterpret_cast<uint32_t*>(scratch);
+    uint32_t* const dy = x + rows.frames * size.rows() * x_row;
+    std::vector<PairFactors> factors;
+    for (int64_t begin = 0; begin < frames; begin += rows.frames) {
+      const int64_t count = std::min(rows.frames, frames - begin) * size.rows();
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t f = begin + i / size.rows(), pixel = frame.pixel(i % size.rows());
+        for (int64_t odd = 0; odd < rows.phases; ++odd) {
+          const int64_t from = left + odd;
+          run<RoundPairs>(inputs[f] + (pixel + from) * shape_.in.pixel, shape_.in.pixel, frame.width - frame.left - from,
+                          x + i * x_row + odd * phase, rows.pairs, lanes);
+        }
+        run<RoundPairs>(gradients[f] + pixel * shape_.out.pixel + first_lane_ + panel.channel, shape_.out.pixel, size.width,
+                        dy + i * dy_row, rows.out_pairs, width);
+      }
+      for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
+        const int64_t kd = kernel_row / kernel.height - shape_.before.depth;
+        const int64_t kh = kernel_row % kernel.height - shape_.before.height;
+        for (int64_t kw = 0; kw < rows.taps; ++kw) {
+          factors.clear();
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = i % size.rows(), depth = row / size.height + kd, y = row % size.height + kh;
+            if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
+              const int64_t from = i + kd * size.height + kh;  // the row of x
+              factors.push_back({x + from * x_row + kw % 2 * phase + kw / 2 * lanes, dy + i * dy_row});
+            }
+          }
+          A* to = sums + (kernel_row * kernel.width + first + kw) * lanes * columns_ + panel.channel;
+          multiply_pairs(factors, rows.out_pairs, lanes, panel.blocks, {1, lanes, width, columns_}, to, true);
+        }
+      }
+    }
   }
 }
 

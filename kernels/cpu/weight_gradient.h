@@ -12,8 +12,8 @@ template <class A>
 class WeightGradient {
  public:
   // Of the output's gradient, lanes [first_lane, first_lane + out.gates * out.pitch) belong to this convolution.
-  // `frames` is the number that `add` is given at once.
-  WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames);
+  // `frames` is the number that `add` is given at once; `bfloat16` whether the tensors hold that.
+  WeightGradient(const ConvShape& shape, int64_t first_lane, int64_t frames, bool bfloat16);
 
   // Adds frames in independent tasks. `scratch` has scratch_size() elements.
   int64_t tasks() const {
@@ -29,6 +29,7 @@ class WeightGradient {
  private:
   void add_groups();
   void direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums) const;
+  void pairs(int64_t panel, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums, A* scratch) const;
   template <int M>
   void winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
                 A* scratch) const;
@@ -39,6 +40,7 @@ class WeightGradient {
   ConvShape shape_;
   int64_t first_lane_, columns_, units_, groups_, size_;  // size_: sums of a group
   int64_t tile_;  // of Winograd's method, or 0
+  bool pairs_;    // products of bfloat16, pairs of pixels
   std::vector<Panel> panels_;
   Buffer<A> sums_;
 };

@@ -5,7 +5,9 @@ import functools
 import importlib
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -225,3 +227,32 @@ def test_help_explains_every_option(name, commands, capsys, monkeypatch):
                 assert told and not told.startswith("-"), line
     text = (ROOT / "examples" / "README.md").read_text()
     assert f"python -m examples.{name}" in text and f"`{name}.py`" in text
+
+
+def commands_of_readme() -> list[tuple[str, list[str]]]:
+    text = (ROOT / "examples" / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"(?:python -m|torchrun .*-m --) examples\.(\w+)([^`\n]*)", text)
+    return [(name, shlex.split(words, comments=True)) for name, words in found]
+
+
+def test_every_command_of_the_readme_is_one():
+    commands = commands_of_readme()
+    assert len(commands) >= 14 and {name for name, _ in commands} >= {"next_frame", "language_model"}
+    for name, words in commands:
+        importlib.import_module(f"examples.{name}").parser().parse_args(words)
+
+
+def test_compiled_it_learns_the_same(whole, tmp_path, monkeypatch):
+    """The graph is all that is tested here: what Inductor makes of it takes a minute, and PyTorch answers for it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend, fullgraph=True))
+    assert train_and_stop(tmp_path, "--compile") == 128 + signal.SIGTERM
+    assert train(tmp_path, "--compile", "--resume") == 0
+    assert graphs
+    same_rows(rows(tmp_path), rows(whole))

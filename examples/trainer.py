@@ -286,7 +286,7 @@ class Trainer:
             self._add(name, values.detach().double().sum())
         self._add("samples", torch.tensor(len(metrics["loss"])))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: fsdp2 would keep what it gathers as tensors that training cannot use
     def _measure(self, stopped: Callable[[], int]) -> dict[str, float] | None:
         """Means over the validation samples; None if a signal came before the end."""
         count, world = len(self.validation), self.processes.world

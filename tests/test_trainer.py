@@ -50,13 +50,13 @@ def same_rows(actual: list[dict], expected: list[dict]) -> None:
         assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
 
 
-def train_and_stop(run: Path, *more: str) -> int:
-    """A run that gets SIGTERM after its third step, in the last rank where there are several."""
+def train_and_stop(run: Path, *more: str, at: int = 3) -> int:
+    """A run that gets SIGTERM after step `at`, in the last rank where there are several."""
     train_step = trainer.Trainer._train_step
 
     def stop(self, batch):
         train_step(self, batch)
-        if self.step == 3 and self.processes.rank == self.processes.world - 1:
+        if self.step == at and self.processes.rank == self.processes.world - 1:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,17 +73,23 @@ def whole(tmp_path_factory) -> Path:
 
 
 def in_two_processes(rank: int, folder: Path) -> list[int]:
-    codes = [train(folder / strategy, "--strategy", strategy) for strategy in ("ddp", "fsdp2")]
-    codes += [train(folder / "from_one", "--strategy", "fsdp2", "--resume")]
-    return codes + [train_and_stop(folder / "from_two", "--strategy", "fsdp2")]
+    codes = []
+    for strategy in ("ddp", "fsdp2"):
+        options = ["--strategy", strategy]
+        codes += [train(folder / strategy, *options), train(folder / f"{strategy}_from_one", *options, "--resume")]
+        codes += [train_and_stop(folder / f"from_{strategy}", *options)]
+    return codes
 
 
 def test_two_processes_learn_what_one_does_and_either_goes_on_from_the_other(whole, tmp_path, capfd):
-    assert train_and_stop(tmp_path / "from_one") == 128 + signal.SIGTERM
-    assert run_group(in_two_processes, 2, tmp_path, tmp_path) == [[0, 0, 0, 128 + signal.SIGTERM]] * 2
-    assert train(tmp_path / "from_two", "--resume") == 0
+    # stopped by the last step of an interval it is measured first when it goes on, else trained
+    for strategy, at in (("ddp", 3), ("fsdp2", 4)):
+        assert train_and_stop(tmp_path / f"{strategy}_from_one", at=at) == 128 + signal.SIGTERM
+    assert run_group(in_two_processes, 2, tmp_path, tmp_path) == [[0, 0, 128 + signal.SIGTERM] * 2] * 2
+    for strategy in ("ddp", "fsdp2"):
+        assert train(tmp_path / f"from_{strategy}", "--resume") == 0
     expected = load_file(whole / "last.safetensors")
-    for name in ("ddp", "fsdp2", "from_one", "from_two"):
+    for name in ("ddp", "fsdp2", "ddp_from_one", "fsdp2_from_one", "from_ddp", "from_fsdp2"):
         same_rows(rows(tmp_path / name), rows(whole))
         actual = load_file(tmp_path / name / "last.safetensors")
         assert actual.keys() == expected.keys()

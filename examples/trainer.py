@@ -241,8 +241,10 @@ class Trainer:
                         self._train_step(next(batches))
                         self.due = self.step == end
                         if stopped := self.processes.agree(stop):
-                            self._save_and_stop(stopped)
+                            break
                     self._add("seconds", torch.tensor(time.perf_counter() - started if self.processes.first else 0.0))
+                    if stopped:
+                        self._save_and_stop(stopped)
                 measured = self._measure(lambda: self.processes.agree(stop))
                 if measured is None:
                     self._save_and_stop(self.processes.agree(stop))
@@ -346,8 +348,6 @@ class Trainer:
         save_checkpoint(self.run / name, self.model, state, optimizer, write=self.processes.first)
 
     def _save_and_stop(self, number: int) -> None:
-        if "seconds" not in self.sums:
-            self._add("seconds", torch.tensor(0.0))
         self._save(LAST)
         raise Interrupted(
             number, f"stopped after step {self.step}, {self.run / LAST} is saved: --resume goes on from it"

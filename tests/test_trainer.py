@@ -149,6 +149,7 @@ def test_interrupted_it_saves_and_goes_on_bit_for_bit(whole, tmp_path, at, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(tmp_path, "--resume") == 0
     assert rows(tmp_path) == rows(whole)
+    assert '"seconds": 0.0}' not in (tmp_path / "metrics.jsonl").read_text()  # the time before the stop counts too
     expected, actual = (load_file(run / "last.safetensors") for run in (whole, tmp_path))
     assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
 

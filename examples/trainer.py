@@ -69,9 +69,11 @@ class Plan:
     seed: int
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.weight_decay >= 0 and self.seed >= 0 and min(self.steps, self.batch_size) > 0):
+        counts = min(self.steps, self.interval, self.batch_size)
+        if not (self.lr > 0 and self.weight_decay >= 0 and self.seed >= 0 and counts > 0):
             raise UserError(
-                "training needs --lr > 0, --weight-decay >= 0, --seed >= 0, and steps and samples to train on"
+                "training needs --lr > 0, --weight-decay >= 0, --seed >= 0, --interval > 0, "
+                "and steps and samples to train on"
             )
 
 

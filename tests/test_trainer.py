@@ -201,6 +201,7 @@ def test_a_full_disk_or_unwritable_folder_is_told_before_training(tmp_path, monk
         ([], "already holds a run"),
         (["--resume", "--memorize", "13"], "1 <= --memorize <= --length"),
         (["--resume", "--batch-size", "0"], "steps and samples to train on"),
+        (["--resume", "--interval", "0"], "--interval > 0"),
     ],
 )
 def test_mistakes_are_one_sentence(whole, more, message, capsys):

@@ -69,9 +69,11 @@ class Plan:
     seed: int
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.weight_decay >= 0 and self.seed >= 0 and min(self.steps, self.batch_size) > 0):
+        counts = min(self.steps, self.interval, self.batch_size)
+        if not (self.lr > 0 and self.weight_decay >= 0 and self.seed >= 0 and counts > 0):
             raise UserError(
-                "training needs --lr > 0, --weight-decay >= 0, --seed >= 0, and steps and samples to train on"
+                "training needs --lr > 0, --weight-decay >= 0, --seed >= 0, --interval > 0, "
+                "and steps and samples to train on"
             )
 
 
@@ -241,8 +243,10 @@ class Trainer:
                         self._train_step(next(batches))
                         self.due = self.step == end
                         if stopped := self.processes.agree(stop):
-                            self._save_and_stop(stopped)
+                            break
                     self._add("seconds", torch.tensor(time.perf_counter() - started if self.processes.first else 0.0))
+                    if stopped:
+                        self._save_and_stop(stopped)
                 measured = self._measure(lambda: self.processes.agree(stop))
                 if measured is None:
                     self._save_and_stop(self.processes.agree(stop))
@@ -286,7 +290,7 @@ class Trainer:
             self._add(name, values.detach().double().sum())
         self._add("samples", torch.tensor(len(metrics["loss"])))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: fsdp2 would keep what it gathers as tensors that training cannot use
     def _measure(self, stopped: Callable[[], int]) -> dict[str, float] | None:
         """Means over the validation samples; None if a signal came before the end."""
         count, world = len(self.validation), self.processes.world
@@ -346,8 +350,6 @@ class Trainer:
         save_checkpoint(self.run / name, self.model, state, optimizer, write=self.processes.first)
 
     def _save_and_stop(self, number: int) -> None:
-        if "seconds" not in self.sums:
-            self._add("seconds", torch.tensor(0.0))
         self._save(LAST)
         raise Interrupted(
             number, f"stopped after step {self.step}, {self.run / LAST} is saved: --resume goes on from it"

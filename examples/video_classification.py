@@ -209,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stride", type=number, default=1, help="take every n-th frame")
     add("--resize", type=number, default=40, help="shorter side of the frames, in pixels")
     add("--crop", type=number, default=32, help="side of the square that the model sees, in pixels")
+    add("--augment", action="store_true", help="random size, shape and colours of the crops too")
     add("--epochs", type=number, default=20, help="passes over the videos, a random clip of each")
     add("--val-fraction", type=float, default=0.1, help="share of the groups of each class to validate on")
 

@@ -35,6 +35,7 @@ class TrainConfig:
     weight_decay: float
     val_fraction: float
     seed: int
+    augment: bool
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
             asdict(config),
             model,
             loss_and_accuracy,
-            ClipDataset(training, frames, config.clip, seed=args.seed, flip=config.train.flip),
+            ClipDataset(training, frames, config.clip, args.seed, config.train.flip, args.augment),
             ClipDataset(validation, frames, config.clip),
             Plan(steps, interval, args.batch_size, args.lr, args.weight_decay, args.seed),
             processes,
@@ -107,7 +108,8 @@ def train(args: argparse.Namespace) -> None:
         )
         direction = ", both directions" if args.bidirectional else ""
         flips = "on" if config.train.flip else "off"
-        processes.say(f"{args.rnn}{direction}; {len(lists.classes)} classes; flips {flips}")
+        augmented = ", augmented" if args.augment else ""
+        processes.say(f"{args.rnn}{direction}; {len(lists.classes)} classes; flips {flips}{augmented}")
         trainer.fit()
         if processes.first:
             pictures.learning_curve(trainer.log.rows(), args.run / "learning_curve.png")
@@ -140,6 +142,7 @@ def _config(args: argparse.Namespace, lists: SplitLists) -> RunConfig:
             weight_decay=args.weight_decay,
             val_fraction=args.val_fraction,
             seed=args.seed,
+            augment=args.augment,
         ),
         lists.classes,
     )

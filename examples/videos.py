@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from examples.augmentation import augment
 from examples.training import UserError, progress, read_json, write_text
 
 __all__ = [
@@ -246,14 +247,22 @@ class Frames:
 class ClipDataset(Dataset):
     """One clip (T, 3, crop, crop) uint8 and the class number of each video.
 
-    With a seed the clip is a random one: start, crop and, if `flip`, side; it depends on seed, epoch and video only,
-    not on the number of workers. Without a seed it is the central clip.
+    With a seed the clip is a random one: start, crop and, if `flip`, side; with `augmented`, size and shape of the crop
+    and its colours too. It depends on seed, epoch and video only, not on the number of workers. Without a seed it is
+    the central clip.
     """
 
     def __init__(
-        self, videos: Sequence[Video], frames: Frames, clip: ClipConfig, seed: int | None = None, flip: bool = False
+        self,
+        videos: Sequence[Video],
+        frames: Frames,
+        clip: ClipConfig,
+        seed: int | None = None,
+        flip: bool = False,
+        augmented: bool = False,
     ) -> None:
         self.videos, self.frames, self.clip, self.seed, self.flip = videos, frames, clip, seed, flip
+        self.augmented = augmented
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -268,6 +277,8 @@ class ClipDataset(Dataset):
             top, left = rng.random(2)
             mirror = self.flip and rng.random() < 0.5
         pictures = self.frames.read(video, self.clip.indices(video.frames, int(start)))
+        if self.seed is not None and self.augmented:
+            return augment(_as_clip(pictures[:, :, ::-1] if mirror else pictures), crop, rng), video.label
         top, left = round(top * (pictures.shape[1] - crop)), round(left * (pictures.shape[2] - crop))
         pictures = pictures[:, top : top + crop, left : left + crop]
         return _as_clip(pictures[:, :, ::-1] if mirror else pictures), video.label

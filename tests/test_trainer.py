@@ -5,7 +5,9 @@ import functools
 import importlib
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,13 +50,13 @@ def same_rows(actual: list[dict], expected: list[dict]) -> None:
         assert a == pytest.approx(b, rel=2e-4, abs=1e-6)
 
 
-def train_and_stop(run: Path, *more: str) -> int:
-    """A run that gets SIGTERM after its third step, in the last rank where there are several."""
+def train_and_stop(run: Path, *more: str, at: int = 3) -> int:
+    """A run that gets SIGTERM after step `at`, in the last rank where there are several."""
     train_step = trainer.Trainer._train_step
 
     def stop(self, batch):
         train_step(self, batch)
-        if self.step == 3 and self.processes.rank == self.processes.world - 1:
+        if self.step == at and self.processes.rank == self.processes.world - 1:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -71,17 +73,23 @@ def whole(tmp_path_factory) -> Path:
 
 
 def in_two_processes(rank: int, folder: Path) -> list[int]:
-    codes = [train(folder / strategy, "--strategy", strategy) for strategy in ("ddp", "fsdp2")]
-    codes += [train(folder / "from_one", "--strategy", "fsdp2", "--resume")]
-    return codes + [train_and_stop(folder / "from_two", "--strategy", "fsdp2")]
+    codes = []
+    for strategy in ("ddp", "fsdp2"):
+        options = ["--strategy", strategy]
+        codes += [train(folder / strategy, *options), train(folder / f"{strategy}_from_one", *options, "--resume")]
+        codes += [train_and_stop(folder / f"from_{strategy}", *options)]
+    return codes
 
 
 def test_two_processes_learn_what_one_does_and_either_goes_on_from_the_other(whole, tmp_path, capfd):
-    assert train_and_stop(tmp_path / "from_one") == 128 + signal.SIGTERM
-    assert run_group(in_two_processes, 2, tmp_path, tmp_path) == [[0, 0, 0, 128 + signal.SIGTERM]] * 2
-    assert train(tmp_path / "from_two", "--resume") == 0
+    # stopped by the last step of an interval it is measured first when it goes on, else trained
+    for strategy, at in (("ddp", 3), ("fsdp2", 4)):
+        assert train_and_stop(tmp_path / f"{strategy}_from_one", at=at) == 128 + signal.SIGTERM
+    assert run_group(in_two_processes, 2, tmp_path, tmp_path) == [[0, 0, 128 + signal.SIGTERM] * 2] * 2
+    for strategy in ("ddp", "fsdp2"):
+        assert train(tmp_path / f"from_{strategy}", "--resume") == 0
     expected = load_file(whole / "last.safetensors")
-    for name in ("ddp", "fsdp2", "from_one", "from_two"):
+    for name in ("ddp", "fsdp2", "ddp_from_one", "fsdp2_from_one", "from_ddp", "from_fsdp2"):
         same_rows(rows(tmp_path / name), rows(whole))
         actual = load_file(tmp_path / name / "last.safetensors")
         assert actual.keys() == expected.keys()
@@ -141,6 +149,7 @@ def test_interrupted_it_saves_and_goes_on_bit_for_bit(whole, tmp_path, at, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(tmp_path, "--resume") == 0
     assert rows(tmp_path) == rows(whole)
+    assert '"seconds": 0.0}' not in (tmp_path / "metrics.jsonl").read_text()  # the time before the stop counts too
     expected, actual = (load_file(run / "last.safetensors") for run in (whole, tmp_path))
     assert all(torch.equal(expected[name], actual[name]) for name in expected.keys() | actual.keys())
 
@@ -192,6 +201,7 @@ def test_a_full_disk_or_unwritable_folder_is_told_before_training(tmp_path, monk
         ([], "already holds a run"),
         (["--resume", "--memorize", "13"], "1 <= --memorize <= --length"),
         (["--resume", "--batch-size", "0"], "steps and samples to train on"),
+        (["--resume", "--interval", "0"], "--interval > 0"),
     ],
 )
 def test_mistakes_are_one_sentence(whole, more, message, capsys):
@@ -225,3 +235,32 @@ def test_help_explains_every_option(name, commands, capsys, monkeypatch):
                 assert told and not told.startswith("-"), line
     text = (ROOT / "examples" / "README.md").read_text()
     assert f"python -m examples.{name}" in text and f"`{name}.py`" in text
+
+
+def commands_of_readme() -> list[tuple[str, list[str]]]:
+    text = (ROOT / "examples" / "README.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"(?:python -m|torchrun .*-m --) examples\.(\w+)([^`\n]*)", text)
+    return [(name, shlex.split(words, comments=True)) for name, words in found]
+
+
+def test_every_command_of_the_readme_is_one():
+    commands = commands_of_readme()
+    assert len(commands) >= 14 and {name for name, _ in commands} >= {"next_frame", "language_model"}
+    for name, words in commands:
+        importlib.import_module(f"examples.{name}").parser().parse_args(words)
+
+
+def test_compiled_it_learns_the_same(whole, tmp_path, monkeypatch):
+    """The graph is all that is tested here: what Inductor makes of it takes a minute, and PyTorch answers for it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend, fullgraph=True))
+    assert train_and_stop(tmp_path, "--compile") == 128 + signal.SIGTERM
+    assert train(tmp_path, "--compile", "--resume") == 0
+    assert graphs
+    same_rows(rows(tmp_path), rows(whole))

@@ -129,6 +129,10 @@ def test_clips_and_views(data):
         torch.testing.assert_close(random[epoch, 0], random[epoch, 0])
         seen.append(random[epoch, 0][0])
     assert any(not torch.equal(seen[0], other) for other in seen)
+    augmented = ClipDataset([video], kept, CLIP, seed=0, augmented=True)
+    torch.testing.assert_close(augmented[0, 0], augmented[0, 0])
+    assert augmented[0, 0][0].shape == clip.shape and not torch.equal(augmented[0, 0][0], random[0, 0][0])
+    assert torch.equal(ClipDataset([video], frames, CLIP, augmented=True)[0, 0][0], clip)  # to measure on: none
     votes = videos.views(video, kept, CLIP, clips=3, crops=5, flip=True)
     assert votes.shape == (30, 4, 3, 32, 32)
     torch.testing.assert_close(votes[15:], votes[:15].flip(-1))

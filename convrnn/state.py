@@ -159,7 +159,7 @@ def truncated_bptt(
         def part(y: Tensor, span: slice = span) -> Tensor:
             return y.narrow(time_dim, span.start, span.stop - span.start)
 
-        masks = {} if lengths is None else {"lengths": lengths - start}
+        masks = {} if lengths is None else {"lengths": lengths.long() - start}
         if reset is not None:
             masks["reset"] = part(reset)
         out, state = rnn(tree_map(part, x), state, **masks)

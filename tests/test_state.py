@@ -62,11 +62,11 @@ def test_truncated_bptt_cuts_gradients_and_nothing_else():
     assert final[0].requires_grad and not state.detach(final)[0].requires_grad
 
 
-@pytest.mark.compiled
-def test_truncated_bptt_cuts_masks_and_lists_too():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)  # of which 3 - 4 is 255
+def test_truncated_bptt_cuts_masks_and_lists_too(dtype):
     rnn = convrnn.StackedGRU_RCN([2, 2], [3, 4], 3, batch_first=False)
     xs = [torch.randn(T, B, 2, size, size) for size in (6, 3)]
-    masks = {"lengths": torch.tensor([5, 0, 3]), "reset": torch.rand(T, B) < 0.3}
+    masks = {"lengths": torch.tensor([5, 0, 3], dtype=dtype), "reset": torch.rand(T, B) < 0.3}
     outs, last = rnn(xs, **masks)
     chunks = list(state.truncated_bptt(rnn, xs, 2, time_dim=0, **masks))
     assert_close([torch.cat(level) for level in zip(*(out for _, out, _ in chunks), strict=True)], outs)

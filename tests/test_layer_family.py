@@ -41,7 +41,6 @@ VALUES = {
 }
 BESIDE = {"chrono_max": {"gate_bias": "chrono", "chrono_max": 50}, "padding_mode": {"padding": 1}}
 FACTORY = {"device", "dtype"}
-OPTIONS = {"bias": False, "reset_after": True, "batch_first": False}  # of SepConvGRUCell, which gives them to its cells
 
 
 def signature(kind):
@@ -55,7 +54,7 @@ def required(kind):
     if kind is layers.StackedGRU_RCN:
         values |= {"in_channels": [4, 4], "nb_kernels": [4, 4]}
     needed = {name for name, parameter in signature(kind).items() if parameter.default is parameter.empty}
-    return {name: value for name, value in values.items() if name in needed and name != "options"}
+    return {name: value for name, value in values.items() if name in needed}
 
 
 def other_than_default(kind, name):
@@ -68,13 +67,11 @@ def other_than_default(kind, name):
 def cases():
     """(class, argument) for every argument that has a default."""
     for kind in KINDS:
-        names = [name for name in signature(kind) if name not in required(kind) and name not in FACTORY]
-        yield from ((kind, name) for name in names if name != "options")
-    yield from ((layers.SepConvGRUCell, name) for name in OPTIONS)
+        yield from ((kind, name) for name in signature(kind) if name not in required(kind) and name not in FACTORY)
 
 
 def beside(kind, name):
-    known = signature(layers.ConvGRUCell if kind is layers.SepConvGRUCell else kind)
+    known = signature(kind)
     given = BESIDE.get(name, {})
     return {key: value for plain, value in given.items() for key in (plain, f"{plain}s") if key in known}
 
@@ -113,7 +110,7 @@ def test_an_argument_is_an_attribute_and_shown_where_it_is_not_the_default(kind)
     rnn = kind(**needed)
     assert all(entries(getattr(rnn, name)) == entries(value) for name, value in needed.items())
     assert "=" not in rnn.extra_repr() and rnn.extra_repr().count("4") >= 2
-    for name in (name for other, name in cases() if other is kind and name in signature(kind)):
+    for name in (name for other, name in cases() if other is kind):
         default = signature(kind)[name].default
         assert plain(getattr(rnn, name)) == (None if kind is layers.GRU_RCN and name == "bias" else default) or (
             entries(getattr(rnn, name)) == {default}
@@ -127,8 +124,7 @@ def test_an_argument_is_an_attribute_and_shown_where_it_is_not_the_default(kind)
 @pytest.mark.parametrize(("kind", "name"), [case for case in cases() if case[1] != "recompute"])
 def test_an_argument_has_an_effect(kind, name):
     given = beside(kind, name)
-    value = OPTIONS[name] if kind is layers.SepConvGRUCell and name in OPTIONS else other_than_default(kind, name)
-    plainly, changed = run(kind, **given), run(kind, **{**given, name: value})
+    plainly, changed = run(kind, **given), run(kind, **{**given, name: other_than_default(kind, name)})
     assert plainly.keys() != changed.keys() or not all(map(same, plainly.values(), changed.values()))
 
 
@@ -143,7 +139,7 @@ def test_every_layer_is_called_the_same_way(kind):
     assert list(inspect.signature(kind.init_hidden_state).parameters)[1:] == [x.name]
     if kind is not layers.Bidirectional:
         factory = list(inspect.signature(kind).parameters.values())[-2:]
-        assert [p.name for p in factory] == ["device", "dtype"] or kind is layers.SepConvGRUCell
+        assert [p.name for p in factory] == ["device", "dtype"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, layers.Bidirectional])

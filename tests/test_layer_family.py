@@ -121,6 +121,30 @@ def test_an_argument_is_an_attribute_and_shown_where_it_is_not_the_default(kind)
         assert f"{name}=" in changed.extra_repr()
 
 
+class Handed(convrnn.ConvGRU):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+
+
+class Mixin:
+    """As FSDP2 puts one before a module's own class."""
+
+
+class Mixed(Mixin, convrnn.MinGRU):
+    pass
+
+
+def test_a_subclass_shows_the_arguments_of_the_class():
+    assert Handed(4, 6, 3, strides=2).extra_repr() == "4, [6], [(3, 3)], strides=[(2, 2)]"
+    assert Mixed(4, 6, norm="rms").extra_repr() == "4, [6], norm='rms'"
+
+
+def test_none_and_false_are_one_norm():
+    assert convrnn.ConvGRU(4, 6, 3, norm=False, cell_norm=False).extra_repr() == "4, [6], [(3, 3)]"
+    assert convrnn.MinGRU(4, 6, norm=None).extra_repr() == "4, [6]"
+    assert convrnn.MinGRU(4, 6, gate_bias=0.0).extra_repr() == "4, [6], gate_bias=0.0"  # None draws it
+
+
 @pytest.mark.parametrize(("kind", "name"), [case for case in cases() if case[1] != "recompute"])
 def test_an_argument_has_an_effect(kind, name):
     given = beside(kind, name)

@@ -45,6 +45,10 @@ def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> n
 
 
 def _called(name: str, norm: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:
+    if isinstance(norm, nn.Module):  # which would be a part of the layer, as an attribute of it
+        raise TypeError(
+            f"{name} must be a name or a callable that makes a Module, got the Module {type(norm).__name__}"
+        )
     module = norm(channels)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must return a Module for a number of channels, got {type(module).__name__}")

@@ -77,12 +77,15 @@ def check_against_reference(rnn, x, h, **masks):
         assert_close(zero if a is None else a, zero if b is None else b)
 
 
+# In the interpreter whole clips are for one layer on the op over the sequence and for one of two directions.
+WHOLE = ["fast", "bidirectional"] if INTERPRETED else CASES
+
+
 @pytest.mark.parametrize(
-    "masked",  # in the interpreter whole clips are those of test_chunks_and_steps_carry_the_state
-    [True] if INTERPRETED else [False, True],
-    ids=lambda masked: "masked" if masked else "whole",
+    ("name", "masked"),
+    [*((name, False) for name in WHOLE), *((name, True) for name in CASES)],
+    ids=lambda value: {False: "whole", True: "masked"}.get(value, value),
 )
-@pytest.mark.parametrize("name", CASES)
 def test_reference(device, name, masked):
     rnn = make(device=device, **CASES[name])
     x, h = clip(rnn, device=device)

@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -137,6 +138,13 @@ class Mixed(Mixin, convrnn.MinGRU):
 def test_a_subclass_shows_the_arguments_of_the_class():
     assert Handed(4, 6, 3, strides=2).extra_repr() == "4, [6], [(3, 3)], strides=[(2, 2)]"
     assert Mixed(4, 6, norm="rms").extra_repr() == "4, [6], norm='rms'"
+
+
+@pytest.mark.parametrize("kind", [convrnn.ConvGRUCell, convrnn.MinConv2dGRUCell, convrnn.SepConvGRUCell])
+def test_integers_of_numpy_are_shown_as_ints(kind):
+    groups = [name for name in ("groups", "recurrent_groups") if name in signature(kind)]
+    shown = kind(**required(kind), **{name: np.int64(2) for name in groups}).extra_repr()
+    assert shown.endswith(", ".join(f"{name}=2" for name in groups))
 
 
 def test_none_and_false_are_one_norm():

@@ -112,7 +112,10 @@ class ConvGRUCell(ConvGRU):
         recurrent = self.recurrent_kernel_sizes
         self.recurrent_kernel_size = None if recurrent is None else recurrent[0]
         self.padding = self.paddings if isinstance(self.paddings, str) else self.paddings[0]
-        self.groups, self.recurrent_groups = groups, recurrent_groups
+        self.groups, self.recurrent_groups = (
+            as_int("groups", groups, 1),
+            as_int("recurrent_groups", recurrent_groups, 1),
+        )
 
 
 class ConvGRUCell1d(ConvGRUCell):

@@ -61,7 +61,7 @@ class MinConvGRUCell(MinGRUBase):
         self.hidden_size, self.bias = size, as_bool("bias", bias)
         self.kernel_size, self.stride, self.dilation = convolution.kernel, convolution.stride, convolution.dilation
         self.padding = padding if isinstance(padding, str) else convolution.each_side
-        self.groups, self.separable, self.padding_mode = groups, separable, padding_mode
+        self.groups, self.separable, self.padding_mode = convolution.groups, separable, padding_mode
         self.to_gate_hidden = Conv(convolution, size_in, size, 2, bias=bias, device=device, dtype=dtype)
 
     def run(

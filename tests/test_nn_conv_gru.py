@@ -331,6 +331,16 @@ def test_separable_cell(device):
     assert_close(cell.step(x[:, 1], cell(x[:, 0])[1]), (out[:, 1], h))
 
 
+@pytest.mark.compiled
+def test_separable_cell_loads_checkpoints_with_the_residual_that_was_not_read():
+    cells = torch.nn.ModuleList([SepConvGRUCell(IN, 5, residual=True) for _ in range(2)])
+    old = {**cells.state_dict(), "0.horizontal.res_aligns.0.weight": torch.ones(5, IN, 1, 5)}
+    cells.load_state_dict(old)
+    assert "0.horizontal.res_aligns.0.weight" in old
+    with pytest.raises(RuntimeError, match="1.vertical.res_aligns.1.weight"):
+        cells.load_state_dict({**old, "1.vertical.res_aligns.1.weight": torch.ones(5, IN, 5, 1)})
+
+
 @pytest.mark.parametrize("build", [ConvGRU, ConvGRUCell, SepConvGRUCell])
 def test_the_initial_state_is_no_view_of_the_learned_one(build, device):
     rnn = build(3, 4, 3, learn_h0=True, device=device)

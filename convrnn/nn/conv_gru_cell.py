@@ -229,6 +229,11 @@ class SepConvGRUCell(nn.Module):
         """Initialises all parameters anew, as the constructor did."""
         reset_parameters(self.children())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # of checkpoints from when the first update had a residual too, which nothing read
+        state_dict.pop(f"{prefix}horizontal.res_aligns.0.weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(
         self,
         x: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .nn._checks import as_int
+from .ops._check import check_mask
 
 __all__ = ["detach", "reorder", "reset", "resize", "truncated_bptt"]
 
@@ -124,7 +125,7 @@ def truncated_bptt(
 
     Args:
         rnn: a layer, or what takes (x, state) and returns (out, state).
-        x: the sequence; a list of them for StackedGRU_RCN.
+        x: the sequence; a list of them, of one number of frames, for StackedGRU_RCN.
         steps: frames of a chunk; the last one may have fewer.
         state: the state before the first frame.
         time_dim: dimension of time of x, 0 for a layer with ``batch_first=False``.
@@ -132,8 +133,9 @@ def truncated_bptt(
         reset: bool of the shape of x's first two dimensions, as the layer takes it.
 
     Raises:
-        TypeError: ``x`` is no Tensor and no list of them.
-        ValueError: ``steps`` is not positive.
+        TypeError: ``x`` is no Tensor and no list of them, or a mask no Tensor of its dtype.
+        ValueError: ``steps`` is not positive, the Tensors of ``x`` differ in their frames, or the shape or device of a
+            mask does not fit.
 
     Source:
         Williams and Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of Recurrent Network
@@ -152,14 +154,21 @@ def truncated_bptt(
     leaves = tree_flatten(x)[0]
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(f"x must be a Tensor or a list of Tensors, got {type(x).__name__}")
-    total = leaves[0].shape[time_dim]
+    first, total = leaves[0], leaves[0].shape[time_dim]
+    if any(leaf.shape[time_dim] != total for leaf in leaves):
+        raise ValueError(
+            f"x must hold Tensors of one number of frames at dim {time_dim}, got {[leaf.shape[time_dim] for leaf in leaves]}"
+        )
+    # Of the whole sequence: the layer sees no more than a chunk of them.
+    check_mask("lengths", lengths, [first.shape[1 if time_dim == 0 else 0]], False, "x", first)
+    check_mask("reset", reset, list(first.shape[:2]), True, "x", first)
     for start in range(0, total, steps):
         span = slice(start, min(start + steps, total))
 
         def part(y: Tensor, span: slice = span) -> Tensor:
             return y.narrow(time_dim, span.start, span.stop - span.start)
 
-        masks = {} if lengths is None else {"lengths": lengths - start}
+        masks = {} if lengths is None else {"lengths": lengths.long() - start}
         if reset is not None:
             masks["reset"] = part(reset)
         out, state = rnn(tree_map(part, x), state, **masks)

@@ -21,6 +21,12 @@ from convrnn import (
     StackedGRU_RCN,
 )
 
+
+class MakesNorm(torch.nn.Module):
+    def forward(self, channels):
+        return torch.nn.GroupNorm(1, channels)
+
+
 RNN = {"input_size": 4, "hidden_sizes": [4, 6], "kernel_sizes": 3}
 
 CONSTRUCTORS = [
@@ -51,6 +57,8 @@ CONSTRUCTORS = [
     ({"reset_after": "yes"}, TypeError, "reset_after must be a bool, got 'yes'"),
     ({"norm": "batch"}, ValueError, "norm must be None, 'layer', 'group' or a callable .* got 'batch'"),
     ({"cell_norm": 3}, ValueError, "cell_norm must be None, 'layer', 'group' or a callable .* got 3"),
+    ({"norm": MakesNorm()}, TypeError, "norm must be a name or a callable .* got the Module MakesNorm"),
+    ({"cell_norm": MakesNorm()}, TypeError, "cell_norm must be a name or a callable .* got the Module MakesNorm"),
     ({"norm": lambda channels: channels}, TypeError, "norm must return a Module for a number of channels, got int"),
     ({"residual": 0}, TypeError, "residual must be a bool, got 0"),
     ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\], got 1.5"),
@@ -144,8 +152,8 @@ CALLS = [
     ),
     (lambda rnn: ConvGRUCell(4, 4, 3, recurent_dropout=0.1), TypeError, "recurent_dropout"),
     (lambda rnn: SepConvGRUCell(4, 4, (5, 5)), TypeError, "kernel_size must be an int"),
-    (lambda rnn: SepConvGRUCell(4, 4, stride=2), TypeError, "takes no stride"),
-    (lambda rnn: SepConvGRUCell(4, 4, recurrent_kernel_size=3), TypeError, "takes no recurrent_kernel_size"),
+    (lambda rnn: SepConvGRUCell(4, 4, stride=2), TypeError, "unexpected keyword argument 'stride'"),
+    (lambda rnn: SepConvGRUCell(4, 4, padding=2), TypeError, "unexpected keyword argument 'padding'"),
     (lambda rnn: SepConvGRUCell(4, 4)(X, H[0]), TypeError, "h must be a list of 1 Tensors, got Tensor"),
     (lambda rnn: SepConvGRUCell(4, 4).step(X), ValueError, r"x must be one frame \(B, 4, H, W\), got shape \[2, 3, 4"),
     (lambda rnn: SepConvGRUCell(4, 4).step(None), TypeError, "x must be a Tensor .* got NoneType"),
@@ -167,6 +175,7 @@ def test_calls(call, error, message):
 MIN_GRU = {"input_size": 4, "hidden_sizes": [4, 6]}
 MIN_CONSTRUCTORS = [
     (MinGRU, {"norm": "group"}, ValueError, "norm must be None, 'layer', 'rms' or a callable .* got 'group'"),
+    (MinGRU, {"norm": MakesNorm()}, TypeError, "norm must be a name or a callable .* got the Module MakesNorm"),
     (MinGRU, {"norm": lambda size: size}, TypeError, "norm must return a Module for a number of channels, got int"),
     (MinGRU, {"expand": 0}, ValueError, "expand must be positive and finite, got 0"),
     (MinGRU, {"expand": float("inf")}, ValueError, "expand must be positive and finite, got inf"),

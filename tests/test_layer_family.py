@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,7 +42,6 @@ VALUES = {
 }
 BESIDE = {"chrono_max": {"gate_bias": "chrono", "chrono_max": 50}, "padding_mode": {"padding": 1}}
 FACTORY = {"device", "dtype"}
-OPTIONS = {"bias": False, "reset_after": True, "batch_first": False}  # of SepConvGRUCell, which gives them to its cells
 
 
 def signature(kind):
@@ -55,7 +55,7 @@ def required(kind):
     if kind is layers.StackedGRU_RCN:
         values |= {"in_channels": [4, 4], "nb_kernels": [4, 4]}
     needed = {name for name, parameter in signature(kind).items() if parameter.default is parameter.empty}
-    return {name: value for name, value in values.items() if name in needed and name != "options"}
+    return {name: value for name, value in values.items() if name in needed}
 
 
 def other_than_default(kind, name):
@@ -68,13 +68,11 @@ def other_than_default(kind, name):
 def cases():
     """(class, argument) for every argument that has a default."""
     for kind in KINDS:
-        names = [name for name in signature(kind) if name not in required(kind) and name not in FACTORY]
-        yield from ((kind, name) for name in names if name != "options")
-    yield from ((layers.SepConvGRUCell, name) for name in OPTIONS)
+        yield from ((kind, name) for name in signature(kind) if name not in required(kind) and name not in FACTORY)
 
 
 def beside(kind, name):
-    known = signature(layers.ConvGRUCell if kind is layers.SepConvGRUCell else kind)
+    known = signature(kind)
     given = BESIDE.get(name, {})
     return {key: value for plain, value in given.items() for key in (plain, f"{plain}s") if key in known}
 
@@ -113,7 +111,7 @@ def test_an_argument_is_an_attribute_and_shown_where_it_is_not_the_default(kind)
     rnn = kind(**needed)
     assert all(entries(getattr(rnn, name)) == entries(value) for name, value in needed.items())
     assert "=" not in rnn.extra_repr() and rnn.extra_repr().count("4") >= 2
-    for name in (name for other, name in cases() if other is kind and name in signature(kind)):
+    for name in (name for other, name in cases() if other is kind):
         default = signature(kind)[name].default
         assert plain(getattr(rnn, name)) == (None if kind is layers.GRU_RCN and name == "bias" else default) or (
             entries(getattr(rnn, name)) == {default}
@@ -124,11 +122,41 @@ def test_an_argument_is_an_attribute_and_shown_where_it_is_not_the_default(kind)
         assert f"{name}=" in changed.extra_repr()
 
 
+class Handed(convrnn.ConvGRU):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+
+
+class Mixin:
+    """As FSDP2 puts one before a module's own class."""
+
+
+class Mixed(Mixin, convrnn.MinGRU):
+    pass
+
+
+def test_a_subclass_shows_the_arguments_of_the_class():
+    assert Handed(4, 6, 3, strides=2).extra_repr() == "4, [6], [(3, 3)], strides=[(2, 2)]"
+    assert Mixed(4, 6, norm="rms").extra_repr() == "4, [6], norm='rms'"
+
+
+@pytest.mark.parametrize("kind", [convrnn.ConvGRUCell, convrnn.MinConv2dGRUCell, convrnn.SepConvGRUCell])
+def test_integers_of_numpy_are_shown_as_ints(kind):
+    groups = [name for name in ("groups", "recurrent_groups") if name in signature(kind)]
+    shown = kind(**required(kind), **{name: np.int64(2) for name in groups}).extra_repr()
+    assert shown.endswith(", ".join(f"{name}=2" for name in groups))
+
+
+def test_none_and_false_are_one_norm():
+    assert convrnn.ConvGRU(4, 6, 3, norm=False, cell_norm=False).extra_repr() == "4, [6], [(3, 3)]"
+    assert convrnn.MinGRU(4, 6, norm=None).extra_repr() == "4, [6]"
+    assert convrnn.MinGRU(4, 6, gate_bias=0.0).extra_repr() == "4, [6], gate_bias=0.0"  # None draws it
+
+
 @pytest.mark.parametrize(("kind", "name"), [case for case in cases() if case[1] != "recompute"])
 def test_an_argument_has_an_effect(kind, name):
     given = beside(kind, name)
-    value = OPTIONS[name] if kind is layers.SepConvGRUCell and name in OPTIONS else other_than_default(kind, name)
-    plainly, changed = run(kind, **given), run(kind, **{**given, name: value})
+    plainly, changed = run(kind, **given), run(kind, **{**given, name: other_than_default(kind, name)})
     assert plainly.keys() != changed.keys() or not all(map(same, plainly.values(), changed.values()))
 
 
@@ -143,7 +171,7 @@ def test_every_layer_is_called_the_same_way(kind):
     assert list(inspect.signature(kind.init_hidden_state).parameters)[1:] == [x.name]
     if kind is not layers.Bidirectional:
         factory = list(inspect.signature(kind).parameters.values())[-2:]
-        assert [p.name for p in factory] == ["device", "dtype"] or kind is layers.SepConvGRUCell
+        assert [p.name for p in factory] == ["device", "dtype"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, layers.Bidirectional])

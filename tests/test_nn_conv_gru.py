@@ -77,12 +77,15 @@ def check_against_reference(rnn, x, h, **masks):
         assert_close(zero if a is None else a, zero if b is None else b)
 
 
+# In the interpreter whole clips are for one layer on the op over the sequence and for one of two directions.
+WHOLE = ["fast", "bidirectional"] if INTERPRETED else CASES
+
+
 @pytest.mark.parametrize(
-    "masked",  # in the interpreter whole clips are those of test_chunks_and_steps_carry_the_state
-    [True] if INTERPRETED else [False, True],
-    ids=lambda masked: "masked" if masked else "whole",
+    ("name", "masked"),
+    [*((name, False) for name in WHOLE), *((name, True) for name in CASES)],
+    ids=lambda value: {False: "whole", True: "masked"}.get(value, value),
 )
-@pytest.mark.parametrize("name", CASES)
 def test_reference(device, name, masked):
     rnn = make(device=device, **CASES[name])
     x, h = clip(rnn, device=device)
@@ -326,6 +329,16 @@ def test_separable_cell(device):
     out, h = cell(x)
     assert_close((out[:, -1], h), (state[0], state))
     assert_close(cell.step(x[:, 1], cell(x[:, 0])[1]), (out[:, 1], h))
+
+
+@pytest.mark.compiled
+def test_separable_cell_loads_checkpoints_with_the_residual_that_was_not_read():
+    cells = torch.nn.ModuleList([SepConvGRUCell(IN, 5, residual=True) for _ in range(2)])
+    old = {**cells.state_dict(), "0.horizontal.res_aligns.0.weight": torch.ones(5, IN, 1, 5)}
+    cells.load_state_dict(old)
+    assert "0.horizontal.res_aligns.0.weight" in old
+    with pytest.raises(RuntimeError, match="1.vertical.res_aligns.1.weight"):
+        cells.load_state_dict({**old, "1.vertical.res_aligns.1.weight": torch.ones(5, IN, 5, 1)})
 
 
 @pytest.mark.parametrize("build", [ConvGRU, ConvGRUCell, SepConvGRUCell])

@@ -13,7 +13,7 @@ QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
 # Traced and eager gradients of 16-bit dtypes differ by rounding, and so do sums over pixels in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
-# in the interpreter one dtype: of the others test_registration.py compares the fakes
+# in the interpreter one dtype: of the others test_registration.py compares the fakes, of float16 for one op
 each_dtype = pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES, ids=str)
 each_op = pytest.mark.parametrize("op", [name for op in OPS for name in (op, f"{op}_backward")])
 

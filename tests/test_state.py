@@ -10,6 +10,7 @@ from convrnn import state
 pytestmark = pytest.mark.compiled  # nothing here asks which kernel computes
 
 B, T = 3, 5
+CLIP = torch.ones(2, 4, 3)
 LAYERS = {
     "ConvGRU": lambda: convrnn.ConvGRU(2, [4, 3], 3, strides=[1, 2], learn_h0=True, bidirectional=True, bias=True),
     "MinConv2dGRU": lambda: convrnn.MinConv2dGRU(2, [4, 3], 3, paddings=1),
@@ -62,11 +63,11 @@ def test_truncated_bptt_cuts_gradients_and_nothing_else():
     assert final[0].requires_grad and not state.detach(final)[0].requires_grad
 
 
-@pytest.mark.compiled
-def test_truncated_bptt_cuts_masks_and_lists_too():
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)  # of which 3 - 4 is 255
+def test_truncated_bptt_cuts_masks_and_lists_too(dtype):
     rnn = convrnn.StackedGRU_RCN([2, 2], [3, 4], 3, batch_first=False)
     xs = [torch.randn(T, B, 2, size, size) for size in (6, 3)]
-    masks = {"lengths": torch.tensor([5, 0, 3]), "reset": torch.rand(T, B) < 0.3}
+    masks = {"lengths": torch.tensor([5, 0, 3], dtype=dtype), "reset": torch.rand(T, B) < 0.3}
     outs, last = rnn(xs, **masks)
     chunks = list(state.truncated_bptt(rnn, xs, 2, time_dim=0, **masks))
     assert_close([torch.cat(level) for level in zip(*(out for _, out, _ in chunks), strict=True)], outs)
@@ -101,6 +102,33 @@ def test_nests_and_numbers():
         ),
         (lambda h: next(state.truncated_bptt(None, 3.0, 1)), TypeError, "x must be a Tensor or a list of .* got float"),
         (lambda h: next(state.truncated_bptt(None, h[0], 0)), ValueError, "steps must be a positive int, got 0"),
+        (
+            lambda h: next(state.truncated_bptt(None, [CLIP, CLIP[:, 1:]], 2)),
+            ValueError,
+            r"x must hold Tensors of one number of frames at dim 1, got \[4, 3\]",
+        ),
+        (
+            lambda h: next(state.truncated_bptt(None, CLIP, 2, lengths=[4, 4])),
+            TypeError,
+            r"lengths must be an integer Tensor of shape \[2\], got list",
+        ),
+        (
+            lambda h: next(
+                state.truncated_bptt(None, CLIP.transpose(0, 1), 2, time_dim=0, lengths=torch.ones(4).int())
+            ),
+            ValueError,
+            r"lengths must have shape \[2\], got \[4\]",
+        ),
+        (
+            lambda h: next(state.truncated_bptt(None, CLIP, 2, reset=[True])),
+            TypeError,
+            r"reset must be a bool Tensor of shape \[2, 4\], got list",
+        ),
+        (
+            lambda h: next(state.truncated_bptt(None, CLIP, 2, reset=torch.ones(2, 5) > 0)),
+            ValueError,
+            r"reset must have shape \[2, 4\], got \[2, 5\]",
+        ),
     ],
 )
 def test_bad_calls(call, error, message):

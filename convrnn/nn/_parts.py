@@ -45,6 +45,10 @@ def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> n
 
 
 def _called(name: str, norm: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:
+    if isinstance(norm, nn.Module):  # which would be a part of the layer, as an attribute of it
+        raise TypeError(
+            f"{name} must be a name or a callable that makes a Module, got the Module {type(norm).__name__}"
+        )
     module = norm(channels)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must return a Module for a number of channels, got {type(module).__name__}")
@@ -73,9 +77,13 @@ def fill_gate_bias(gate: Tensor, value: float | str, chrono_max: int | None) -> 
 
 
 def described(module: nn.Module) -> str:
-    """Returns the arguments of the module's constructor, from its attributes: those required, and what is no default."""
+    """Returns the arguments of the module's constructor, from its attributes: those required, and what is no default.
+
+    They are those of this package's class: a user's subclass may hand on ``*args``, or another package add a base.
+    """
+    kind = next(base for base in type(module).__mro__ if base.__module__.startswith("convrnn."))
     found = []
-    for name, parameter in inspect.signature(type(module)).parameters.items():
+    for name, parameter in inspect.signature(kind).parameters.items():
         value = getattr(module, name, parameter.default)  # a subclass may lack one, as device and dtype are lacking
         if isinstance(value, Tensor):
             value = True  # a bias that is learned
@@ -87,7 +95,9 @@ def described(module: nn.Module) -> str:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Whether a value, or each entry of a list or tuple, is the default; None is a bias that is not learned."""
+    """Whether a value, or each entry of a list or tuple, is the default; None and False both are none of a thing."""
     if isinstance(value, (list, tuple)) and not isinstance(default, (list, tuple)):
         return all(_is_default(entry, default) for entry in value)
-    return bool(value == default) or (value is None and default is False)
+    if value is None or value is False:  # not in (None, False): 0.0 equals False
+        return default is None or default is False
+    return bool(value == default)

@@ -111,7 +111,7 @@ class Bidirectional(nn.Module):
     def _run_levels(
         self, xs: Any, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Any, list[Tensor]]:
-        _, frame = self.rnn.as_clips(xs)
+        _, frame = self.rnn._as_clips(xs)
         return self._run(list(xs), frame, h, lengths, reset)
 
     def _run(

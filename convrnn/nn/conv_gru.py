@@ -61,7 +61,8 @@ class ConvGRU(nn.Module):
         bias: learn a bias for each of z, r and c, and with ``reset_after`` one of C*h.
         reset_after: c = tanh(W_c*x + r.(C*h + b)), as in ``torch.nn.GRU``.
         norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
-            least 4 channels), or a callable from a number of channels to a Module.
+            least 4 channels), or a callable from a number of channels to a Module. A layer can be pickled whole where
+            the callable can, which a lambda cannot.
         cell_norm: likewise on W*x, U*h and C*(r.h), before biases; 'layer' and 'group' treat each gate on its own, a
             callable gets 3*hidden, 2*hidden and hidden channels.
         residual: add each layer's input to its output, through a convolution without bias, of the layer's own kernel,

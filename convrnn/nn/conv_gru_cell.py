@@ -112,7 +112,10 @@ class ConvGRUCell(ConvGRU):
         recurrent = self.recurrent_kernel_sizes
         self.recurrent_kernel_size = None if recurrent is None else recurrent[0]
         self.padding = self.paddings if isinstance(self.paddings, str) else self.paddings[0]
-        self.groups, self.recurrent_groups = groups, recurrent_groups
+        self.groups, self.recurrent_groups = (
+            as_int("groups", groups, 1),
+            as_int("recurrent_groups", recurrent_groups, 1),
+        )
 
 
 class ConvGRUCell1d(ConvGRUCell):
@@ -148,8 +151,11 @@ class SepConvGRUCell(nn.Module):
         input_size: channels of a frame.
         hidden_size: channels of the state and of the output.
         kernel_size: the length k of both kernels.
-        options: any other argument of :class:`ConvGRUCell`, given to both, but for strides and paddings; what is learned
-            beside the updates, h0 and a residual's convolution, is there once.
+        dilation, recurrent_dilation, groups, recurrent_groups, separable, padding_mode, bias, reset_after, norm,
+            cell_norm, recurrent_dropout, zoneout, gate_bias, chrono_max, batch_first, device, dtype: of both updates, as
+            those of :class:`ConvGRUCell`.
+        residual: add each frame to the output, as :class:`ConvGRUCell` does, once.
+        learn_h0: learn the state before the first frame.
 
     Raises:
         TypeError: an argument has the wrong type, or there is no such argument.
@@ -166,21 +172,67 @@ class SepConvGRUCell(nn.Module):
         (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
     """
 
-    def __init__(self, input_size: int, hidden_size: int, kernel_size: int = 5, **options: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: int = 5,
+        *,
+        dilation: Size = 1,
+        recurrent_dilation: Size = 1,
+        groups: int = 1,
+        recurrent_groups: int = 1,
+        separable: bool = False,
+        padding_mode: str = "zeros",
+        bias: bool = True,
+        reset_after: bool = False,
+        norm: Norm = None,
+        cell_norm: Norm = None,
+        residual: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        gate_bias: float | str = 0.0,
+        chrono_max: int | None = None,
+        learn_h0: bool = False,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        length = as_int("kernel_size", kernel_size, 1)
-        if refused := {"stride", "padding", "recurrent_kernel_size"} & set(options):
-            raise TypeError(
-                f"SepConvGRUCell keeps the size of a frame and its kernels, and takes no {', '.join(sorted(refused))}"
-            )
-        self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), **{**options, "residual": False})
+        common: dict[str, Any] = {
+            "dilation": dilation,
+            "recurrent_dilation": recurrent_dilation,
+            "groups": groups,
+            "recurrent_groups": recurrent_groups,
+            "separable": separable,
+            "padding_mode": padding_mode,
+            "bias": bias,
+            "reset_after": reset_after,
+            "norm": norm,
+            "cell_norm": cell_norm,
+            "recurrent_dropout": recurrent_dropout,
+            "zoneout": zoneout,
+            "gate_bias": gate_bias,
+            "chrono_max": chrono_max,
+            "batch_first": batch_first,
+        }
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel_size = length = as_int("kernel_size", kernel_size, 1)
+        self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), learn_h0=learn_h0, **common, **factory)
+        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), residual=residual, **common, **factory)
         self.input_size, self.hidden_size = self.horizontal.input_size, self.horizontal.hidden_size
-        self.kernel_size, self.batch_first = length, self.horizontal.batch_first
-        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), **{**options, "learn_h0": False})
+        self.batch_first, self.learn_h0, self.residual = self.horizontal.batch_first, learn_h0, residual
+        for name in common:
+            setattr(self, name, getattr(self.horizontal, name))
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
         reset_parameters(self.children())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # of checkpoints from when the first update had a residual too, which nothing read
+        state_dict.pop(f"{prefix}horizontal.res_aligns.0.weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
         self,

@@ -61,7 +61,7 @@ class MinConvGRUCell(MinGRUBase):
         self.hidden_size, self.bias = size, as_bool("bias", bias)
         self.kernel_size, self.stride, self.dilation = convolution.kernel, convolution.stride, convolution.dilation
         self.padding = padding if isinstance(padding, str) else convolution.each_side
-        self.groups, self.separable, self.padding_mode = groups, separable, padding_mode
+        self.groups, self.separable, self.padding_mode = convolution.groups, separable, padding_mode
         self.to_gate_hidden = Conv(convolution, size_in, size, 2, bias=bias, device=device, dtype=dtype)
 
     def run(
@@ -244,7 +244,8 @@ class MinConv2dGRU(MinConvGRU):
             stride and padding, where the channels or the size of the frame change.
         bias: learn the biases of the convolutions that the scan reads.
         norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
-            least 4 channels), or a callable from a number of channels to a Module.
+            least 4 channels), or a callable from a number of channels to a Module. A layer can be pickled whole where
+            the callable can, which a lambda cannot.
         expand: channels of the state for each of the output, rounded down and at least 1; a 1x1 convolution without bias
             brings them back.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None

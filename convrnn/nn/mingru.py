@@ -301,7 +301,7 @@ class MinGRU(MinGRUStack):
         hidden_sizes: features of each layer's output, an int for one layer.
         bias: learn the biases of the projections that the scan reads.
         norm: on each layer's input: None, True or 'layer' (LayerNorm), 'rms' (RMSNorm), or a callable from a number of
-            features to a Module.
+            features to a Module. A layer can be pickled whole where the callable can, which a lambda cannot.
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a Linear without bias where their sizes differ.
         expand: features of the state for each of the output, rounded down and at least 1; a Linear without bias brings them back.

@@ -129,7 +129,7 @@ class StackedGRU_RCN(nn.Module):
             TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
             ValueError: a shape, the number of levels or a mask's device does not fit.
         """
-        maps, frame = self.as_clips(xs)
+        maps, frame = self._as_clips(xs)
         check_states(h, len(self.levels))
         live, reset = read_masks(maps[0], frame, self.batch_first, lengths, reset)
         if live is not None:
@@ -172,10 +172,10 @@ class StackedGRU_RCN(nn.Module):
         """Returns the states that ``h=None`` stands for: zeros, of the dtype and device of each level's maps."""
         return [
             x.new_zeros(x.shape[0], size, *x.shape[3:])
-            for x, size in zip(self.as_clips(xs)[0], self.nb_kernels, strict=True)
+            for x, size in zip(self._as_clips(xs)[0], self.nb_kernels, strict=True)
         ]
 
-    def as_clips(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    def _as_clips(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
         """Returns the maps, checked, as (B, L, Ox, H, W), and whether they are those of one frame."""
         if not isinstance(xs, (list, tuple)):
             raise TypeError(f"xs must be a list of {len(self.levels)} Tensors, got {type(xs).__name__}")

@@ -160,7 +160,9 @@ def truncated_bptt(
             f"x must hold Tensors of one number of frames at dim {time_dim}, got {[leaf.shape[time_dim] for leaf in leaves]}"
         )
     # Of the whole sequence: the layer sees no more than a chunk of them.
-    check_mask("lengths", lengths, [first.shape[1 if time_dim == 0 else 0]], False, "x", first)
+    time_dim %= first.dim()
+    if lengths is not None:
+        check_mask("lengths", lengths, [first.shape[1 if time_dim == 0 else 0]], False, "x", first)
     check_mask("reset", reset, list(first.shape[:2]), True, "x", first)
     for start in range(0, total, steps):
         span = slice(start, min(start + steps, total))

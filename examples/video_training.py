@@ -35,7 +35,7 @@ class TrainConfig:
     weight_decay: float
     val_fraction: float
     seed: int
-    augment: bool
+    augment: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:

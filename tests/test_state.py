@@ -134,3 +134,19 @@ def test_nests_and_numbers():
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=message):
         call([torch.ones(2, 4)])
+
+
+def test_truncated_bptt_counts_time_from_either_end():
+    rnn, x, lengths = convrnn.ConvGRU(3, 4, 3, batch_first=False), torch.randn(5, 2, 3, 6, 6), torch.tensor([5, 2])
+    reset = torch.rand(5, 2) < 0.5
+    chunks = [list(state.truncated_bptt(rnn, x, 2, time_dim=dim, lengths=lengths, reset=reset)) for dim in (0, -5)]
+    for (_, expected, _), (_, actual, _) in zip(*chunks, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_truncated_bptt_takes_sequences_of_tokens():
+    def rnn(x, h):
+        return x + 1, torch.zeros(1)
+
+    found = [out.tolist() for _, out, _ in state.truncated_bptt(rnn, torch.arange(5), 2, time_dim=0)]
+    assert found == [[1, 2], [3, 4], [5]]

@@ -9,7 +9,8 @@
 // that hold such: the frame, in a weight gradient both factors, is then rounded to it, sums are float32.
 //
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
-// An infinity in a frame makes NaN of the whole tile that it is read with, where the definition would not.
+// An infinity in a frame makes NaN of the whole tile that it is read with, and in weight gradients of bfloat16 of the pair,
+// where the definition would not.
 // Source of Winograd's method: Lavin & Gray 2015, arXiv 1509.09308.
 #pragma once
 

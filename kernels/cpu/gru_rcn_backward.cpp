@@ -84,7 +84,8 @@ class Backward {
     step_size_ = padded(p.frame.pixels() * (5 * p.pitch + (projects_ ? p.inputs : 0)));
     // Bytes of the frames of a chunk of steps; large weights' gradients are read and written once a chunk.
     constexpr int64_t kChunk = 2 << 20;
-    const int64_t weights = (projects_ ? 3 * p.w.pixels() * p.inputs : 0) + (2 * p.u.pixels() + p.c.pixels()) * p.channels;
+    const int64_t recurrent = (wanted.dU.has_value() ? 2 * p.u.pixels() : 0) + (wanted.dC.has_value() ? p.c.pixels() : 0);
+    const int64_t weights = (wanted.dW.has_value() ? 3 * p.w.pixels() * p.inputs : 0) + recurrent * p.channels;
     const int64_t bytes = std::max<int64_t>(kChunk, p.pitch * weights * sizeof(A) / 2);
     chunk_ = chunk_of(bytes, p.batch * step_size_ * sizeof(A), p.steps);
     const auto want = [&](const std::optional<Tensor>& weight, const Size& kernel, const Channels& in,

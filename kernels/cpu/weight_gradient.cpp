@@ -35,7 +35,7 @@ int64_t squares(int64_t lanes) {
   return (lanes + kSquare - 1) / kSquare;
 }
 
-// Rows of the frames that a task rounds to pairs at once, for a panel: in the second-level cache.
+// Frames that a task rounds to pairs at once, for a panel: as many as stay in the second-level cache, one of up to kMost bytes.
 struct PairRows {
   int64_t taps, phases;  // of the kernel's width; of a pair's first pixel, even and odd
   int64_t pairs, out_pairs;  // of a row of a phase, and of the gradients
@@ -47,7 +47,9 @@ struct PairRows {
     out_pairs = (shape.frame.size.width + 1) / 2;
     pairs = out_pairs + (taps - 1) / 2;
     size = phases * pairs * shape.in.lanes() + out_pairs * columns;
-    frames = std::max<int64_t>(1, kBytes / (4 * size * shape.frame.size.rows()));
+    constexpr int64_t kMost = 2 << 20;
+    const int64_t bytes = 4 * size * shape.frame.size.rows();
+    frames = bytes > kMost ? 0 : std::max<int64_t>(1, kBytes / std::max<int64_t>(1, bytes));
   }
 };
 
@@ -80,7 +82,7 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
       first_lane_(first_lane),
       columns_(shape.out.gates * shape.out.pitch),
       tile_(tile_of(shape, frames)),
-      pairs_(bfloat16 && multiplies_pairs() && tile_ < 4),
+      pairs_(bfloat16 && multiplies_pairs() && tile_ < 4 && PairRows(shape, panel_blocks<A>() * kColumns).frames > 0),
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
   tile_ = pairs_ ? 0 : tile_;

@@ -104,6 +104,29 @@ def test_tiles_at_the_edges_of_frames(size, dtype):
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "kernels"),
+    [
+        (3, (16, 32), (13, 15), [(5, 5)] * 3),
+        (1, (40, 48), (17, 30), [(7, 7)] * 3),  # rows are shared by the threads
+        (2, (20, 40), (14, 14), [(3, 5), (4, 4), (2, 3)]),
+        (4, (16, 64), (9, 10), [(5, 4), (6, 3), (5, 5)]),  # tiles of 2x2
+        (2, (32, 96), (28, 28), [(2, 2), (8, 1), (3, 8)]),
+        (5, (70, 33), (8, 12), [(1, 1), (5, 5), (3, 3)]),  # a block's lanes end within a square of weight gradients
+        (2, (3, 160), (14, 14), [(7, 7), (1, 5), (2, 5)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernels_in_blocks(batch, channels, size, kernels, dtype):
+    """Tiles for kernels other than 3x3, which are cut into blocks of 3x3 taps."""
+    inputs = make(batch, 2, channels, size, kernels, bias=True, dtype=dtype)
+    scale = [1, 1, *(3 / weight[0].numel() ** 0.5 for weight in inputs[2:5]), 1]
+    inputs = [x * s for x, s in zip(inputs, scale, strict=True)]
+    check_against_reference(gru_rcn, reference.gru_rcn, inputs)
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize(("channels", "size"), [((256, 64), (14, 14)), ((64, 128), (8, 8))], ids=str)
 def test_error_of_tiles_of_many_channels(channels, size):
     """Tiles of 4x4 magnify the error of sums over channels: it stays below 5e-6 of the largest output, and in gradients below
@@ -148,19 +171,21 @@ FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("batch", "channels", "size", "dtype"),
+    ("batch", "channels", "size", "kernel", "dtype"),
     [
-        *((batch, *frames, torch.float32) for frames in FRAMES for batch in (1, 2, 3, 5)),
-        (11, (8, 16), (8, 8), torch.float32),
-        (13, (3, 8), (1, 1), torch.float32),
-        (3, (16, 160), (7, 10), torch.bfloat16),
+        *((batch, *frames, 3, torch.float32) for frames in FRAMES for batch in (1, 2, 3, 5)),
+        (11, (8, 16), (8, 8), 3, torch.float32),
+        (13, (3, 8), (1, 1), 3, torch.float32),
+        (3, (16, 40), (9, 30), 7, torch.float32),
+        (3, (16, 160), (7, 10), 3, torch.bfloat16),
     ],
     ids=str,
 )
-def test_threads_do_not_change_a_bit(batch, channels, size, dtype):
+def test_threads_do_not_change_a_bit(batch, channels, size, kernel, dtype):
     """Whether threads take whole samples, and how many together, or share rows and channels follows from their number."""
     before = torch.get_num_threads()
-    leaves = [x.requires_grad_() for x in make(batch, 3, channels, size, bias=True, dtype=dtype)]
+    kernels = [(kernel,) * len(size)] * 3
+    leaves = [x.requires_grad_() for x in make(batch, 3, channels, size, kernels, bias=True, dtype=dtype)]
     results = {False: [], True: []}
     try:
         for threads in (1, 2, 4, 5):

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <limits>
 #include <type_traits>
 
 #include "transpose.h"
@@ -20,11 +22,31 @@ using winograd::tiles;
 
 namespace {
 
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
 // Input lanes that a product sums in one go with tiles of 4x4, which magnify the error of these sums.
 constexpr int64_t kDepth = 64;
 
 int64_t frame_tiles(const Size& size, int64_t tile) {
   return tiles(size.height, tile) * tiles(size.width, tile);
+}
+
+// Products of a lane with a lane for a plane: by the direct method, and with tiles of this side.
+int64_t direct_products(const Size& size, const Size& kernel) {
+  int64_t rows = 0;  // of the plane, that the rows of the kernel meet
+  for (int64_t y = 0; y < kernel.height; ++y) {
+    rows += std::max<int64_t>(0, size.height - std::abs(y - (kernel.height - 1) / 2));
+  }
+  return rows * size.width * std::min(kernel.width, 2 * size.width - 1);
+}
+
+int64_t tile_products(const Size& size, const Size& kernel, int64_t tile) {
+  return products(tile) * frame_tiles(size, tile) * Blocks(kernel).count();
+}
+
+// Whether tiles save any.
+bool takes_tiles(const Size& size, const Size& kernel, int64_t tile) {
+  return size.depth == 1 && kernel.depth == 1 && tile_products(size, kernel, tile) < direct_products(size, kernel);
 }
 
 // The largest tile that gains anything: what a frame needs zeros for.
@@ -62,14 +84,19 @@ std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks
 }
 
 Frame::Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels)
-    : size(size), tile(largest_tile(size, frames)), top(0), left(0) {
+    : size(size), frames(frames), tile(largest_tile(size, frames)), top(0), left(0) {
+  int64_t bottom = 0, right = 0;
   for (const Size& kernel : kernels) {
     top = std::max(top, kernel.height / 2);
     left = std::max(left, kernel.width / 2);
+    const Blocks blocks(kernel);
+    const bool cut = takes_tiles(size, kernel, 2) || takes_tiles(size, kernel, tile);  // blocks reach beyond the kernel
+    bottom = std::max(bottom, (cut ? 3 * blocks.down : kernel.height) - 1 - (kernel.height - 1) / 2);
+    right = std::max(right, (cut ? 3 * blocks.across : kernel.width) - 1 - (kernel.width - 1) / 2);
   }
   // A last tile that is partly outside reads and, in a weight gradient, covers as many pixels more.
-  height = tiles(size.height, tile) * tile + 2 * top;
-  width = tiles(size.width, tile) * tile + 2 * left;
+  height = top + tiles(size.height, tile) * tile + bottom;
+  width = left + tiles(size.width, tile) * tile + right;
 }
 
 ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out)
@@ -78,17 +105,38 @@ ConvShape::ConvShape(const Frame& frame, const Size& kernel, bool flipped, const
   before = {(kernel.depth - odd) / 2, (kernel.height - odd) / 2, (kernel.width - odd) / 2};
 }
 
-int64_t ConvShape::tile() const {
-  const Size& size = frame.size;
-  if (kernel.depth != 1 || kernel.height != 3 || kernel.width != 3 || size.depth != 1 || in.total() < kColumns / 2) {
-    return 0;
-  }
-  // More transformed weights than the last-level cache holds are read from memory for every frame: 36 planes take longer
+int64_t ConvShape::cheapest(double direct, const Cost& two, const Cost& four) const {
+  const auto cost = [&](int64_t tile, const Cost& of) {
+    const auto count = static_cast<double>(frame.frames * frame_tiles(frame.size, tile));
+    const auto all = static_cast<double>(tile_products(frame.size, kernel, tile));
+    return takes_tiles(frame.size, kernel, tile) ? all * (of.product + of.call / count) : kNever;
+  };
+  const double of_direct = direct * static_cast<double>(direct_products(frame.size, kernel));
+  // More of transformed weights than the last-level cache holds are read from memory for every frame: 36 planes take longer
   // than the products that they save.
-  constexpr int64_t kWeights = 4 << 20;
-  const int64_t side = products(4) * in.lanes() * out.lanes() > kWeights ? 2 : frame.tile;
-  // Products of the two methods; the transforms cost about a quarter of those they come with.
-  return products(side) * frame_tiles(size, side) * 5 / 4 < 3 * (3 * size.height - 2) * size.width ? side : 0;
+  constexpr int64_t kMost = 4 << 20;
+  const bool small = products(4) * block_lanes() * out.lanes() <= kMost;
+  const double of_two = cost(2, two), of_four = small && frame.tile == 4 ? cost(4, four) : kNever;
+  return of_direct <= std::min(of_two, of_four) ? 0 : of_two < of_four ? 2 : 4;
+}
+
+int64_t ConvShape::tile(bool pairs) const {
+  constexpr int64_t kMany = 1 << 20;  // transformed weights that no second-level cache holds
+  const auto in_lanes = static_cast<double>(block_lanes()), out_lanes = static_cast<double>(out.gates * padded(out.count));
+  const double four = products(4) * block_lanes() * out.lanes() > kMany ? 1.4 : 1.15;
+  return cheapest(pairs ? 0.55 : 1, {1.1 + 4 / out_lanes + 5 / in_lanes, 15}, {four + 10 / out_lanes + 8 / in_lanes, 12});
+}
+
+template <class A, int M>
+void ConvShape::transform(const A* from, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const {
+  const Blocks blocks(kernel);
+  for (int64_t lane = first_lane, n = 0; lane < first_lane + lanes; lane += n, out += n) {
+    const int64_t block = lane / in.lanes(), channel = lane % in.lanes();
+    n = std::min(in.lanes() - channel, first_lane + lanes - lane);
+    const int64_t pixel = frame.pixel(0, row + blocks.row(block) - before.height) + blocks.column(block) - before.width;
+    run<winograd::Input<A, M>>(from + pixel * in.pixel + channel, frame.width * in.pixel, in.pixel, out, plane, lanes,
+                               tiles(frame.size.width, M), n);
+  }
 }
 
 int64_t ConvShape::first_tap() const {
@@ -103,12 +151,15 @@ template <class A>
 template <class T>
 Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
     : shape_(shape),
-      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.tile() < 4 && shape.in.lanes() % 2 == 0 &&
+      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.in.lanes() % 2 == 0 &&
              shape.frame.size.depth == 1),  // of a volume each part would round most, again and again
-      tile_(pairs_ ? 0 : shape.tile()) {
+      tile_(shape.tile(pairs_)) {
+  pairs_ = pairs_ && tile_ == 0;
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
-  panel_size_ = (tile_ > 0 ? products(tile_) : taps) * lanes * kColumns / (pairs_ ? 2 : 1);
+  const Blocks blocks(shape.kernel);
+  const int64_t plane = shape.block_lanes();  // rows of weights of one of a tile's products
+  panel_size_ = (tile_ > 0 ? products(tile_) * plane : taps * lanes) * kColumns / (pairs_ ? 2 : 1);
   std::vector<int64_t> offsets;
   for (const Panel& panel : panels_) {
     offsets.push_back(packed_size_);
@@ -116,7 +167,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
   }
   packed_ = Buffer<A>(packed_size_);
   torch::stable::parallel_for(0, static_cast<int64_t>(panels_.size()), 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> w(taps * panel_width());
+    std::vector<A> w(taps * panel_width()), of_block(9 * panel_width());
     for (int64_t index = begin; index < end; ++index) {
       const Panel& panel = panels_[index];
       const int64_t width = panel.blocks * kColumns;
@@ -136,18 +187,26 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
             run<Transpose<T, Move::in>>(from - last, int64_t{1}, weights.n, w.data() + last * width, taps, count, -width);
           }
         }
-        if (tile_ == 2) {
-          run<winograd::Weight<A, 2>>(w.data(), packed, lanes * width, width);
-        } else if (tile_ == 4) {
-          run<winograd::Weight<A, 4>>(w.data(), packed, lanes * width, width);
-        } else if (pairs_) {
+        for (int64_t block = 0; tile_ > 0 && block < blocks.count(); ++block) {
+          std::fill(of_block.begin(), of_block.end(), A(0));
+          blocks.each_tap(block, [&](int64_t tap, int64_t place) {
+            std::copy_n(&w[tap * width], width, &of_block[place * width]);
+          });
+          A* to = packed + block * lanes * width;
+          if (tile_ == 2) {
+            run<winograd::Weight<A, 2>>(of_block.data(), to, plane * width, width);
+          } else {
+            run<winograd::Weight<A, 4>>(of_block.data(), to, plane * width, width);
+          }
+        }
+        if (pairs_) {
           for (int64_t tap = 0; tap < taps; ++tap) {
             c10::BFloat16* to = halves + (tap * lanes + lane) / 2 * 2 * width + lane % 2;
             for (int64_t n = 0; n < width; ++n) {
               store(to[2 * n], static_cast<float>(w[tap * width + n]));
             }
           }
-        } else {
+        } else if (tile_ == 0) {
           for (int64_t tap = 0; tap < taps; ++tap) {
             std::copy_n(w.data() + tap * width, width, packed + tap * lanes * width);
           }
@@ -166,7 +225,7 @@ int64_t Convolution<A>::scratch_size() const {
     return 0;
   }
   const int64_t most = std::max(most_tiles(tile_), tiles(shape_.frame.size.width, tile_));
-  return products(tile_) * (plane_size(most, shape_.in.lanes()) + plane_size(most, panel_width()));
+  return products(tile_) * (plane_size(most, shape_.block_lanes()) + plane_size(most, panel_width()));
 }
 
 template <class A>
@@ -269,7 +328,7 @@ template <int M>
 void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step,
                               A* scratch) const {
   const Size& size = shape_.frame.size;
-  const int64_t lanes = shape_.in.lanes(), in_row = shape_.frame.width * shape_.in.pixel;
+  const int64_t lanes = shape_.block_lanes();
   const int64_t out_row = size.width * shape_.out.pixel;
   const int64_t across = tiles(size.width, M), down = tiles(part.row_end - part.row_begin, M);
   const int64_t depth = M == 4 ? kDepth : lanes, most_rows = std::max<int64_t>(1, most_tiles(M) / across);
@@ -279,9 +338,8 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
     A *inputs = scratch, *results = scratch + products(M) * plane;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = part.row_begin + i % down * M;
-      run<winograd::Input<A, M>>(
-          in + i / down * batch.in_step + (shape_.frame.pixel(0, row - 1) - 1) * shape_.in.pixel, in_row, shape_.in.pixel,
-          inputs + (i - begin) * across * lanes, plane, across, lanes);
+      shape_.template transform<A, M>(in + i / down * batch.in_step, row, 0, lanes, inputs + (i - begin) * across * lanes,
+                                      plane);
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {
@@ -307,6 +365,10 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
   }
 }
 
+template void ConvShape::transform<float, 2>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
+template void ConvShape::transform<float, 4>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
+template void ConvShape::transform<double, 2>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
+template void ConvShape::transform<double, 4>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const float>&);
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::BFloat16>&);
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::Half>&);

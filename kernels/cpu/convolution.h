@@ -3,7 +3,8 @@
 //
 //   direct    a row of pixels times the weights of those rows of the kernel that lie inside the frame;
 //   Winograd  F(2x2, 3x3) and F(4x4, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36,
-//             or of 4x4, 36 for 144.
+//             or of 4x4, 36 for 144. Another kernel is cut into blocks of 3x3 taps, zeros where it ends: one of 7x7 into nine.
+//             Their input lanes, each block's those of pixels further right or down, are summed like lanes of one block.
 //
 // Where the machine has an instruction for it and tiles of 4x4 do not serve, the direct method multiplies bfloat16 for tensors
 // that hold such: the frame, in a weight gradient both factors, is then rounded to it, sums are float32.
@@ -14,6 +15,7 @@
 // Source of Winograd's method: Lavin & Gray 2015, arXiv 1509.09308.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -39,10 +41,11 @@ struct Size {
 // A frame with zeros around its planes, as many as all kernels and both methods read.
 struct Frame {
   Size size;
+  int64_t frames;                    // of a call
   int64_t tile;                      // side of Winograd's tiles, if a convolution takes that method
   int64_t top, left, height, width;  // of a plane with its zeros
 
-  Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels);  // of so many frames of a call
+  Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels);
   int64_t pixels() const {
     return size.depth * height * width;
   }
@@ -73,14 +76,56 @@ struct Weights {
   int64_t n, k, tap;  // strides
 };
 
+// Blocks of 3x3 taps that cover a kernel.
+struct Blocks {
+  Size kernel;
+  int64_t down, across;
+  explicit Blocks(const Size& kernel)
+      : kernel(kernel), down((kernel.height + 2) / 3), across((kernel.width + 2) / 3) {}
+  int64_t count() const {
+    return down * across;
+  }
+  // Of a block's first tap in the kernel.
+  int64_t row(int64_t block) const {
+    return 3 * (block / across);
+  }
+  int64_t column(int64_t block) const {
+    return 3 * (block % across);
+  }
+  // f(tap of the kernel, its place in the block) for those that a block has.
+  template <class F>
+  void each_tap(int64_t block, F f) const {
+    for (int64_t y = row(block); y < std::min(row(block) + 3, kernel.height); ++y) {
+      for (int64_t x = column(block); x < std::min(column(block) + 3, kernel.width); ++x) {
+        f(y * kernel.width + x, 3 * (y - row(block)) + x - column(block));
+      }
+    }
+  }
+};
+
 struct ConvShape {
   Frame frame;
   Size kernel;
   Size before;  // zeros before the frame: of an even kernel's zeros the odd one comes last, with flipped weights first
   Channels in, out;
 
-  int64_t tile() const;  // side of Winograd's tiles; 0 where the direct method takes fewer products
   ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out);
+
+  // Side of Winograd's tiles for a convolution, 0 for the direct method; `pairs`: where that multiplies bfloat16.
+  int64_t tile(bool pairs) const;
+  // The same where a product of a lane with a lane costs so much by the direct method and with tiles of 2x2 and 4x4.
+  struct Cost {
+    double product, call;  // transforms and all; and what a call costs once, for each product of one tile
+  };
+  int64_t cheapest(double direct, const Cost& two, const Cost& four) const;
+
+  int64_t block_lanes() const {  // input lanes of all blocks, side by side
+    return Blocks(kernel).count() * in.lanes();
+  }
+  // Transforms some of these for the row of tiles that begins at this row of the frame; writes
+  // out[product * plane + tile * lanes + lane].
+  template <class A, int M>
+  void transform(const A* frame, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const;
 
   // Taps along the width that meet the frame at all: a frame narrower than the kernel misses some everywhere.
   int64_t first_tap() const;

@@ -142,11 +142,13 @@ class Schedule {
     whole_samples_ = batch_ >= threads && (batch_ % threads == 0 || batch_ >= 4 * threads);
     int64_t height = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across) * tile;
     const auto blocks = [&] { return (rows + height - 1) / height; };
-    while (!whole_samples_ && weight_bytes <= kLarge && height > tile && batch_ * blocks() < 2 * threads) {
+    const int64_t panels = (p.pitch + panel - 1) / panel;
+    // Rows are shared until all threads have two parts to take; with large weights while their channels are too few to share.
+    const int64_t each = weight_bytes > kLarge ? 1 : 2, ways = weight_bytes > kLarge ? panels : 1;
+    while (!whole_samples_ && height > tile && batch_ * blocks() * ways < each * threads) {
       height = (height / tile + 1) / 2 * tile;
     }
     const int64_t wanted = whole_samples_ ? 1 : (threads + batch_ * blocks() - 1) / (batch_ * blocks());
-    const int64_t panels = (p.pitch + panel - 1) / panel;
     const int64_t width = (panels + wanted - 1) / wanted * panel;
     for (int64_t row = 0; row < rows; row += height) {
       for (int64_t channel = 0; channel < p.channels; channel += width) {

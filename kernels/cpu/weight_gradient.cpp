@@ -23,12 +23,13 @@ namespace {
 // take half a megabyte, or 1.2 with tiles of 4x4.
 constexpr int64_t kSquare = 64;
 
-// Tiles of 4x4 have 36 sums for 16: they pay where so many tiles come at once, for reading and writing these.
-int64_t tile_of(const ConvShape& shape, int64_t frames) {
-  constexpr int64_t kEnough = 48;
-  const Size& size = shape.frame.size;
-  const int64_t tile = shape.tile();
-  return tile == 4 && frames * tiles(size.height, 4) * tiles(size.width, 4) < kEnough ? 2 : tile;
+// Tiles cost more than in a convolution, for their sums are read and written for some at a time; and a call zeroes and transforms
+// these, more than there are weights.
+int64_t tile_of(const ConvShape& shape, bool pairs) {
+  const auto width = static_cast<double>(shape.frame.size.width), blocks = static_cast<double>(Blocks(shape.kernel).count());
+  const double direct = (pairs ? 0.65 : 1) * (1 + 1 / width);  // each row is a product of its own
+  const double call = 10 + 12 * blocks;
+  return shape.in.total() < kColumns / 2 ? 0 : shape.cheapest(direct, {1.5, call}, {1.75, call});
 }
 
 int64_t squares(int64_t lanes) {
@@ -81,13 +82,13 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
     : shape_(shape),
       first_lane_(first_lane),
       columns_(shape.out.gates * shape.out.pitch),
-      tile_(tile_of(shape, frames)),
-      pairs_(bfloat16 && multiplies_pairs() && tile_ < 4 && PairRows(shape, panel_blocks<A>() * kColumns).frames > 0),
+      pairs_(bfloat16 && multiplies_pairs() && PairRows(shape, panel_blocks<A>() * kColumns).frames > 0),
+      tile_(tile_of(shape, pairs_)),
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
-  tile_ = pairs_ ? 0 : tile_;
+  pairs_ = pairs_ && tile_ == 0;
   if (tile_ > 0) {
-    units_ = squares(lanes) * squares(columns_);
+    units_ = squares(shape.block_lanes()) * squares(columns_);
     size_ = units_ * products(tile_) * kSquare * kSquare;
   } else {
     units_ = (pairs_ ? 1 : shape.kernel.rows()) * static_cast<int64_t>(panels_.size());
@@ -217,7 +218,7 @@ void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* 
   const Frame& frame = shape_.frame;
   const int64_t across = tiles(frame.size.width, M), down = tiles(frame.size.height, M), pixel = shape_.out.pixel;
   const int64_t k = unit / squares(columns_) * kSquare, column = unit % squares(columns_) * kSquare;
-  const int64_t lanes = std::min(kSquare, shape_.in.lanes() - k), width = std::min(kSquare, columns_ - column);
+  const int64_t lanes = std::min(kSquare, shape_.block_lanes() - k), width = std::min(kSquare, columns_ - column);
   const int64_t rows = std::max<int64_t>(1, most_tiles(M) / across), blocks = panel_blocks<A>();
   for (int64_t row = 0; row < frames * down; row += rows) {  // through all frames
     const int64_t count = std::min(rows, frames * down - row) * across;
@@ -225,8 +226,7 @@ void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* 
     A *x = scratch, *dy = scratch + products(M) * x_plane;
     for (int64_t i = 0; i < count / across; ++i) {
       const int64_t f = (row + i) / down, y = M * ((row + i) % down);
-      run<winograd::Input<A, M>>(inputs[f] + (frame.pixel(0, y - 1) - 1) * shape_.in.pixel + k, frame.width * shape_.in.pixel,
-                              shape_.in.pixel, x + i * across * lanes, x_plane, across, lanes);
+      shape_.template transform<A, M>(inputs[f], y, k, lanes, x + i * across * lanes, x_plane);
       run<winograd::Gradient<A, M>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
                                  pixel, dy + i * across * width, dy_plane, across, width);
     }
@@ -273,25 +273,30 @@ template <class A>
 template <class T>
 void WeightGradient<A>::write(const Weights<T>& weights) {
   add_groups();
-  const int64_t taps = shape_.kernel.pixels(), planes = tile_ > 0 ? products(tile_) : taps;
+  const Blocks blocks(shape_.kernel);
+  const int64_t taps = shape_.kernel.pixels();
   torch::stable::parallel_for(0, shape_.in.count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> total(planes * kColumns), block(taps * kColumns);
+    std::vector<A> found(taps * kColumns), of_block(9 * kColumns);
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t column = 0; column < columns_; column += kColumns) {
         int64_t plane = 0;
-        const A* sums = sums_at(k, column, plane);
-        for (int64_t i = 0; i < planes; ++i) {
-          std::copy_n(sums + i * plane, kColumns, &total[i * kColumns]);
+        for (int64_t block = 0; tile_ > 0 && block < blocks.count(); ++block) {
+          const A* sums = sums_at(block * shape_.in.lanes() + k, column, plane);
+          if (tile_ == 2) {
+            run<winograd::WeightGradient<A, 2>>(sums, plane, of_block.data(), kColumns);
+          } else {
+            run<winograd::WeightGradient<A, 4>>(sums, plane, of_block.data(), kColumns);
+          }
+          blocks.each_tap(block, [&](int64_t tap, int64_t place) {
+            std::copy_n(&of_block[place * kColumns], kColumns, &found[tap * kColumns]);
+          });
         }
-        if (tile_ == 2) {
-          run<winograd::WeightGradient<A, 2>>(total.data(), kColumns, block.data(), kColumns);
-        } else if (tile_ == 4) {
-          run<winograd::WeightGradient<A, 4>>(total.data(), kColumns, block.data(), kColumns);
+        for (int64_t tap = 0; tile_ == 0 && tap < taps; ++tap) {
+          std::copy_n(sums_at(k, column, plane) + tap * plane, kColumns, &found[tap * kColumns]);
         }
-        A* from = tile_ > 0 ? block.data() : total.data();
         const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
         T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;
-        run<Transpose<T, Move::out>>(to, weights.tap, weights.n, from, taps,
+        run<Transpose<T, Move::out>>(to, weights.tap, weights.n, found.data(), taps,
                                      std::min(kColumns, shape_.out.count - channel), kColumns);
       }
     }

@@ -39,8 +39,8 @@ class WeightGradient {
 
   ConvShape shape_;
   int64_t first_lane_, columns_, units_, groups_, size_;  // size_: sums of a group
-  int64_t tile_;  // of Winograd's method, or 0
   bool pairs_;    // products of bfloat16, pairs of pixels
+  int64_t tile_;  // of Winograd's method, or 0
   std::vector<Panel> panels_;
   Buffer<A> sums_;
 };

@@ -170,12 +170,12 @@ CONVRNN_INLINE void transform(const A* in, int64_t in_row, int64_t in_column, A*
   }
 }
 
-// B^T d B of a row of tiles; `in` is the first patch's first pixel.
+// B^T d B of a row of tiles, `pitch` elements apart; `in` is the first patch's first pixel.
 template <class A, int M>
 struct Input {
-  static CONVRNN_INLINE void run(const A* in, int64_t row, int64_t pixel, A* out, int64_t plane, int64_t tiles,
+  static CONVRNN_INLINE void run(const A* in, int64_t row, int64_t pixel, A* out, int64_t plane, int64_t pitch, int64_t tiles,
                                  int64_t lanes) {
-    for (int64_t tile = 0; tile < tiles; ++tile, in += M * pixel, out += lanes) {
+    for (int64_t tile = 0; tile < tiles; ++tile, in += M * pixel, out += pitch) {
       transform<InputRow<M>>(in, row, pixel, out, (M + 2) * plane, plane, lanes);
     }
   }

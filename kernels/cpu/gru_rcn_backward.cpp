@@ -283,8 +283,8 @@ class Backward {
       for (int64_t t = first_; dxs_.has_value() && t < end; ++t) {
         if (!projects_) {
           give(samples, t, part);
-        } else if (part.channel_begin == 0) {
-          inputs(slot, samples, t, {part.row_begin, part.row_end, 0, p_.inputs});
+        } else if (const Part share = p_.inputs_of(part, through_w_->panel_width()); share.channels() > 0) {
+          inputs(slot, samples, t, share);
         }
       }
     });

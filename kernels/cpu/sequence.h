@@ -58,9 +58,10 @@ struct Problem {
   int64_t pixels() const {
     return frame.size.pixels();
   }
-  // The part's share of the input's channels.
-  Part inputs_of(const Part& part) const {
-    return {part.row_begin, part.row_end, part.channel_begin * inputs / channels, part.channel_end * inputs / channels};
+  // The part's share of the input's channels, which begins at a multiple of `panel`.
+  Part inputs_of(const Part& part, int64_t panel = 1) const {
+    const auto share = [&](int64_t channel) { return channel == channels ? inputs : channel * inputs / channels / panel * panel; };
+    return {part.row_begin, part.row_end, share(part.channel_begin), share(part.channel_end)};
   }
   Channels input() const {
     return {1, inputs, inputs, inputs};

@@ -124,7 +124,7 @@ int64_t ConvShape::tile(bool pairs) const {
   constexpr int64_t kMany = 1 << 20;  // transformed weights that no second-level cache holds
   const auto in_lanes = static_cast<double>(block_lanes()), out_lanes = static_cast<double>(out.gates * padded(out.count));
   const double four = products(4) * block_lanes() * out.lanes() > kMany ? 1.4 : 1.15;
-  return cheapest(pairs ? 0.55 : 1, {1.1 + 4 / out_lanes + 5 / in_lanes, 15}, {four + 10 / out_lanes + 8 / in_lanes, 12});
+  return cheapest(pairs ? 0.52 : 1, {1.1 + 4 / out_lanes + 5 / in_lanes, 15}, {four + 10 / out_lanes + 8 / in_lanes, 12});
 }
 
 template <class A, int M>

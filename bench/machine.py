@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = 256 << 20  # past every cache
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 
 
 def device(text: str) -> str:
@@ -40,9 +40,10 @@ def thread_count(text: str) -> int:
     return int(text)
 
 
-def prepare(threads: int) -> None:
-    """Uses so many threads, on as many processors, so that they are not moved about, and float32 as it is, not tf32."""
-    keep_memory()
+def prepare(threads: int, fresh: bool = False) -> None:
+    """Uses so many threads, on as many processors, so that they are not moved about, and float32 as it is, not tf32; keeps what is
+    freed for the next call, or with ``fresh`` takes all large memory anew."""
+    take_fresh_pages() if fresh else keep_memory()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0), key=rank)[:threads])
@@ -55,10 +56,19 @@ def keep_memory() -> None:
     By itself it gives large blocks back and takes fresh pages for the next tensor, or does not, as the calls before
     decide. On a virtual machine a page can take longer to get than to compute: that would be all one measures.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if has_mallopt():
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def take_fresh_pages() -> None:
+    """Has glibc ask the system for every block of 128 KB or more, and give it back when freed: the other extreme."""
+    if has_mallopt():
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
+
+
+def has_mallopt() -> bool:
+    return hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def rank(processor: int) -> tuple[int, int]:

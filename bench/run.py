@@ -5,6 +5,7 @@ and can be worth more than all else that varies: repetitions within one process 
 run does not find again.
 """
 
+import dataclasses
 import multiprocessing
 import signal
 import statistics
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from . import machine, measure
-from .case import FLOOR, GRAPH, OURS, Case, Problem
+from .case import FLOOR, FRESH, GRAPH, OURS, Case, Problem
 from .cases import all_cases
 from .measure import Key
 from .providers import compiled
@@ -23,6 +24,7 @@ from .results import Refusal, Results, Row, add_speedups
 
 COMPILED = "compiled "
 BEATEN = 1.5  # a slow baseline that takes so many times the best one's time is no longer in question
+FRESH_PASSES = ("forward", "step")
 CLOSE = 1.1  # one that a process would have to compile anew is, where it takes more than this
 
 Turns = dict[Key, list[float]]  # milliseconds a call
@@ -79,6 +81,20 @@ class Subject:
                     row.floor_ms = statistics.median(self.floors[what])
             add_speedups(rows)
 
+    def on_fresh_pages(self, turns: Turns) -> list[Row]:
+        """Rows of ours beside those of the same passes, whose floors were on fresh pages too."""
+        return [
+            dataclasses.replace(
+                self.rows[OURS, what],
+                provider=OURS + FRESH,
+                samples_ms=[float(f"{ms:.5g}") for ms in turns[OURS, what]],
+                sweeps=[0] * len(turns[OURS, what]),
+                floor_ms=statistics.median(turns[FLOOR, what]),
+                **dict.fromkeys(("kept_bytes", "peak_bytes", "speedup", "speedup_low", "speedup_high")),
+            )
+            for what in FRESH_PASSES
+        ]
+
 
 class Bench:
     """Measures cases; ``results`` always holds what is known so far."""
@@ -94,31 +110,45 @@ class Bench:
         self.results.peaks = machine.peaks(self.device, {case.dtype for case in self.cases})
         subjects = []
         for case in self.cases:
-            problem = concrete(case, self.effort, self.device)
+            problem = concrete(case, self.effort.compile, self.device)
             subject = self.prepare(case, problem)
-            subject.add(0, timed(case, problem, subject.keys(0), self.effort, 0, self.device))
+            subject.add(0, timed(case, problem, subject.keys(0), self.effort.rounds, 0, self.device))
             self.results.rows += subject.rows.values()
             subjects.append(subject)
             yield case
         for sweep in range(1, self.effort.sweeps):
-            for subject, turns in zip(subjects, self.again(subjects, sweep), strict=True):
+            wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
+            for subject, turns in zip(subjects, self.again(wanted, self.effort.rounds, sweep), strict=True):
                 subject.add(sweep, turns)
                 yield subject.case
+        fresh = [subject for subject in subjects if subject.case.group == "op" and subject.floors and subject.rows]
+        if fresh and self.effort.sweeps > 1 and self.device.type == "cpu" and machine.has_mallopt():
+            self.add_fresh_pages(fresh)
         self.results.complete = True
 
-    def again(self, subjects: list[Subject], sweep: int) -> Iterator[Turns]:
-        """Times every case in a fresh process.
+    def add_fresh_pages(self, subjects: list[Subject]) -> None:
+        """Times ours against its floors once more, where large tensors are fresh pages: what a first call sees."""
+        wanted = {subject.case.name: [(OURS, what) for what in FRESH_PASSES] for subject in subjects}
+        rounds = self.effort.rounds * self.effort.sweeps
+        rows = self.results.rows
+        for subject, turns in zip(subjects, self.again(wanted, rounds, 0, fresh=True), strict=True):
+            end = max(i for i, row in enumerate(rows) if row.case == subject.case.name) + 1
+            rows[end:end] = subject.on_fresh_pages(turns)
+
+    def again(self, wanted: dict[str, list[Key]], rounds: int, sweep: int, fresh: bool = False) -> Iterator[Turns]:
+        """Times the cases in another process, whose large tensors are ``fresh`` pages or not.
 
         Raises:
             RuntimeError: it ended before it was through.
         """
-        wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the memory is the other process's now
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=repeat, args=(sender, wanted, self.effort, sweep, self.device, torch.get_num_threads()), daemon=True
+            target=repeat,
+            args=(sender, wanted, self.effort.compile, rounds, sweep, self.device, torch.get_num_threads(), fresh),
+            daemon=True,
         )
         process.start()
         sender.close()  # so that its end is noticed
@@ -194,31 +224,38 @@ class Bench:
         subject.rows[name, what] = row
 
 
-def concrete(case: Case, effort: Effort, device: torch.device) -> Problem:
+def concrete(case: Case, compile: bool, device: torch.device) -> Problem:
     """The case's problem, with the providers under torch.compile that it asks for."""
     problem = case.problem(device)
-    if case.compile and effort.compile:
+    if case.compile and compile:
         problem.providers |= {COMPILED + name: compiled(p) for name, p in problem.providers.items() if p.compile}
     return problem
 
 
-def timed(case: Case, problem: Problem, keys: list[Key], effort: Effort, sweep: int, device: torch.device) -> Turns:
+def timed(case: Case, problem: Problem, keys: list[Key], rounds: int, sweep: int, device: torch.device) -> Turns:
     """One sweep's turns of the passes in ``keys``, and of the case's floors."""
     tasks = {}
     for name, what in keys:
         task = measure.task(what, problem.providers[name.removesuffix(GRAPH)], problem)
         tasks[name, what] = measure.captured(task)[0] if name.endswith(GRAPH) else task
     tasks |= {(FLOOR, what): task for what, task in problem.floors.items() if what in case.passes}
-    return measure.by_turns(tasks, effort.rounds, sweep, device)
+    return measure.by_turns(tasks, rounds, sweep, device)
 
 
 def repeat(
-    replies: Connection, wanted: dict[str, list[Key]], effort: Effort, sweep: int, device: torch.device, threads: int
+    replies: Connection,
+    wanted: dict[str, list[Key]],
+    compile: bool,
+    rounds: int,
+    sweep: int,
+    device: torch.device,
+    threads: int,
+    fresh: bool,
 ) -> None:
     """A further sweep, as a process: sends the turns of each case in ``wanted``, in its order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked decides
-    machine.prepare(threads)
+    machine.prepare(threads, fresh)
     cases = {case.name: case for case in all_cases()}
     for name, keys in wanted.items():
-        problem = concrete(cases[name], effort, device)
-        replies.send(timed(cases[name], problem, keys, effort, sweep, device))
+        problem = concrete(cases[name], compile, device)
+        replies.send(timed(cases[name], problem, keys, rounds, sweep, device))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -12,8 +14,8 @@ from torch import nn
 
 import convrnn
 from bench import __main__ as cli
-from bench import cases, measure, run
-from bench.case import GRAPH, OURS
+from bench import cases, machine, measure, run
+from bench.case import FRESH, GRAPH, OURS
 from bench.cases import all_cases
 from bench.providers import Provider, compiled, equal_gru, log_space, peers
 from bench.results import Results, Row, add_speedups, best_baseline, load
@@ -193,6 +195,45 @@ def test_further_sweeps_add_to_every_row(two_sweeps, tmp_path):
     assert {row.provider for row in results.rows} == {OURS, "time loop", "log space"}
     for row in results.rows:
         assert set(row.sweeps) == {0, 1} and len(row.sweeps) == len(row.samples_ms) and row.speedup > 0
+
+
+@pytest.mark.skipif(not machine.has_mallopt(), reason="glibc's malloc")
+def test_fresh_pages_have_rows_and_floors_of_their_own():
+    case = next(case for case in all_cases() if case.name == "mingru (4, 64, 16, 7, 7) float32")
+    bench = run.Bench([case], run.Effort(sweeps=2, rounds=2, compile=False, exhaustive=False), CPU)
+    subject = run.Subject(case)
+    for what in ("forward", "backward", "step"):
+        row = Row(case.name, "mingru", case.shape, "float32", "op", OURS, what, [1.0], [0], flop=1, bytes=1, error=0.0)
+        row.kept_bytes, row.peak_bytes, row.floor_ms = 7, 8, 0.5
+        row.speedup, row.speedup_low, row.speedup_high = 2.0, 1.0, 3.0
+        subject.rows[OURS, what] = row
+    other = Row("next", "mingru", (1,), "float32", "op", OURS, "forward", [1.0], [0], 1, 1, 0.0)
+    bench.results.rows = [*subject.rows.values(), other]
+    bench.add_fresh_pages([subject])
+    assert [row.case for row in bench.results.rows] == [case.name] * 5 + ["next"]
+    fresh = bench.results.rows[3:5]
+    assert [(row.provider, row.what) for row in fresh] == [(OURS + FRESH, "forward"), (OURS + FRESH, "step")]
+    for row in fresh:  # in no comparison
+        assert len(row.samples_ms) == 4 and row.floor_ms != 0.5 and not row.ours
+        assert (row.kept_bytes, row.peak_bytes, row.speedup, row.verdict) == (None, None, None, "")
+
+
+@pytest.mark.skipif(not machine.has_mallopt(), reason="glibc's malloc")
+@pytest.mark.parametrize("fresh", [False, True])
+def test_large_tensors_are_fresh_pages_or_the_last_calls(fresh):
+    """Counted as page faults: 16 MB are 4,096 pages, or 8 huge ones."""
+    code = f"""
+import resource, torch
+from bench import machine
+machine.prepare(1, fresh={fresh})
+faults = []
+for _ in range(8):
+    torch.zeros(4 << 20).add_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[3])
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) >= 4 * 8) == fresh
 
 
 def test_slow_baselines_that_others_beat_have_one_turn():

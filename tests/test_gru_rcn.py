@@ -108,16 +108,15 @@ def test_tiles_at_the_edges_of_frames(size, dtype):
     ("batch", "channels", "size", "kernels"),
     [
         (3, (16, 32), (13, 15), [(5, 5)] * 3),
-        (1, (40, 48), (17, 30), [(7, 7)] * 3),  # rows are shared by the threads
+        (1, (16, 24), (29, 30), [(7, 7)] * 3),  # rows are shared by the threads
         (2, (20, 40), (14, 14), [(3, 5), (4, 4), (2, 3)]),
-        (4, (16, 64), (9, 10), [(5, 4), (6, 3), (5, 5)]),  # tiles of 2x2
-        (2, (32, 96), (28, 28), [(2, 2), (8, 1), (3, 8)]),
-        (5, (70, 33), (8, 12), [(1, 1), (5, 5), (3, 3)]),  # a block's lanes end within a square of weight gradients
-        (2, (3, 160), (14, 14), [(7, 7), (1, 5), (2, 5)]),
+        (8, (16, 64), (9, 10), [(3, 5), (6, 3), (2, 6)]),  # tiles of 2x2
+        (2, (32, 96), (28, 28), [(2, 2), (8, 1), (3, 8)]),  # squares of weight gradients end within a block
+        (4, (9, 40), (28, 30), [(7, 7), (5, 5), (4, 4)]),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_kernels_in_blocks(batch, channels, size, kernels, dtype):
     """Tiles for kernels other than 3x3, which are cut into blocks of 3x3 taps."""
     inputs = make(batch, 2, channels, size, kernels, bias=True, dtype=dtype)
@@ -176,7 +175,8 @@ FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8
         *((batch, *frames, 3, torch.float32) for frames in FRAMES for batch in (1, 2, 3, 5)),
         (11, (8, 16), (8, 8), 3, torch.float32),
         (13, (3, 8), (1, 1), 3, torch.float32),
-        (3, (16, 40), (9, 30), 7, torch.float32),
+        *((batch, (8, 24), (28, 30), 7, torch.float32) for batch in (1, 6)),
+        (1, (100, 160), (14, 14), 3, torch.float32),  # channels of x are shared too
         (3, (16, 160), (7, 10), 3, torch.bfloat16),
     ],
     ids=str,

@@ -109,26 +109,32 @@ int64_t ConvShape::cheapest(double direct, const Cost& two, const Cost& four) co
   const auto cost = [&](int64_t tile, const Cost& of) {
     const auto count = static_cast<double>(frame.frames * frame_tiles(frame.size, tile));
     const auto all = static_cast<double>(tile_products(frame.size, kernel, tile));
-    return takes_tiles(frame.size, kernel, tile) ? all * (of.product + of.call / count) : kNever;
+    return takes_tiles(frame.size, kernel, tile) ? all * (of.product + of.packing / count) : kNever;
   };
-  const double of_direct = direct * static_cast<double>(direct_products(frame.size, kernel));
-  // More of transformed weights than the last-level cache holds are read from memory for every frame: 36 planes take longer
-  // than the products that they save.
+  // More transformed weights than the last-level cache holds are read from memory for every frame, which takes longer than
+  // the products that they save; but 16 planes for 9 taps do not matter.
   constexpr int64_t kMost = 4 << 20;
-  const bool small = products(4) * block_lanes() * out.lanes() <= kMost;
-  const double of_two = cost(2, two), of_four = small && frame.tile == 4 ? cost(4, four) : kNever;
-  return of_direct <= std::min(of_two, of_four) ? 0 : of_two < of_four ? 2 : 4;
+  const auto fits = [&](int64_t tile) { return products(tile) * block_lanes() * out.lanes() <= kMost; };
+  const double of_two = fits(2) || Blocks(kernel).count() == 1 ? cost(2, two) : kNever;
+  const double of_four = fits(4) && frame.tile == 4 ? cost(4, four) : kNever;
+  if (std::min(of_two, of_four) > direct * static_cast<double>(direct_products(frame.size, kernel))) {
+    return 0;
+  }
+  return of_two < of_four ? 2 : 4;
 }
 
 int64_t ConvShape::tile(bool pairs) const {
-  constexpr int64_t kMany = 1 << 20;  // transformed weights that no second-level cache holds
-  const auto in_lanes = static_cast<double>(block_lanes()), out_lanes = static_cast<double>(out.gates * padded(out.count));
-  const double four = products(4) * block_lanes() * out.lanes() > kMany ? 1.4 : 1.15;
-  return cheapest(pairs ? 0.52 : 1, {1.1 + 4 / out_lanes + 5 / in_lanes, 15}, {four + 10 / out_lanes + 8 / in_lanes, 12});
+  // Few channels bear more of the transforms each: an input's for so many outputs, lanes by the vector, and an output's.
+  const auto of = [](int64_t lanes) { return static_cast<double>(lanes); };
+  const double input = of(padded(in.count)) / of(in.count) / of(out.gates * padded(out.count)), output = 1 / of(block_lanes());
+  constexpr int64_t kLarge = 1 << 20;  // transformed weights, in elements, whose reading shows
+  const double four = products(4) * block_lanes() * out.lanes() > kLarge ? 1.4 : 1.15;
+  const double direct = pairs ? 0.5 : 0.95;  // a little less than they take: tiles are not as exact
+  return cheapest(direct, {1.1 + 4 * input + 5 * output, 15}, {four + 10 * input + 8 * output, 12});
 }
 
 template <class A, int M>
-void ConvShape::transform(const A* from, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const {
+void ConvShape::transform_inputs(const A* from, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const {
   const Blocks blocks(kernel);
   for (int64_t lane = first_lane, n = 0; lane < first_lane + lanes; lane += n, out += n) {
     const int64_t block = lane / in.lanes(), channel = lane % in.lanes();
@@ -167,7 +173,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
   }
   packed_ = Buffer<A>(packed_size_);
   torch::stable::parallel_for(0, static_cast<int64_t>(panels_.size()), 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> w(taps * panel_width()), of_block(9 * panel_width());
+    std::vector<A> w(taps * panel_width()), of_block(tile_ > 0 ? 9 * panel_width() : 0);
     for (int64_t index = begin; index < end; ++index) {
       const Panel& panel = panels_[index];
       const int64_t width = panel.blocks * kColumns;
@@ -187,26 +193,27 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
             run<Transpose<T, Move::in>>(from - last, int64_t{1}, weights.n, w.data() + last * width, taps, count, -width);
           }
         }
-        for (int64_t block = 0; tile_ > 0 && block < blocks.count(); ++block) {
-          std::fill(of_block.begin(), of_block.end(), A(0));
-          blocks.each_tap(block, [&](int64_t tap, int64_t place) {
-            std::copy_n(&w[tap * width], width, &of_block[place * width]);
-          });
-          A* to = packed + block * lanes * width;
-          if (tile_ == 2) {
-            run<winograd::Weight<A, 2>>(of_block.data(), to, plane * width, width);
-          } else {
-            run<winograd::Weight<A, 4>>(of_block.data(), to, plane * width, width);
+        if (tile_ > 0) {
+          for (int64_t block = 0; block < blocks.count(); ++block) {
+            std::fill(of_block.begin(), of_block.end(), A(0));
+            blocks.each_tap(block, [&](int64_t tap, int64_t place) {
+              std::copy_n(&w[tap * width], width, &of_block[place * width]);
+            });
+            A* to = packed + block * lanes * width;
+            if (tile_ == 2) {
+              run<winograd::Weight<A, 2>>(of_block.data(), to, plane * width, width);
+            } else {
+              run<winograd::Weight<A, 4>>(of_block.data(), to, plane * width, width);
+            }
           }
-        }
-        if (pairs_) {
+        } else if (pairs_) {
           for (int64_t tap = 0; tap < taps; ++tap) {
             c10::BFloat16* to = halves + (tap * lanes + lane) / 2 * 2 * width + lane % 2;
             for (int64_t n = 0; n < width; ++n) {
               store(to[2 * n], static_cast<float>(w[tap * width + n]));
             }
           }
-        } else if (tile_ == 0) {
+        } else {
           for (int64_t tap = 0; tap < taps; ++tap) {
             std::copy_n(w.data() + tap * width, width, packed + tap * lanes * width);
           }
@@ -338,7 +345,7 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
     A *inputs = scratch, *results = scratch + products(M) * plane;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = part.row_begin + i % down * M;
-      shape_.template transform<A, M>(in + i / down * batch.in_step, row, 0, lanes, inputs + (i - begin) * across * lanes,
+      shape_.template transform_inputs<A, M>(in + i / down * batch.in_step, row, 0, lanes, inputs + (i - begin) * across * lanes,
                                       plane);
     }
     const A* weights = packed_.data();
@@ -365,10 +372,10 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
   }
 }
 
-template void ConvShape::transform<float, 2>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
-template void ConvShape::transform<float, 4>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
-template void ConvShape::transform<double, 2>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
-template void ConvShape::transform<double, 4>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
+template void ConvShape::transform_inputs<float, 2>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
+template void ConvShape::transform_inputs<float, 4>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
+template void ConvShape::transform_inputs<double, 2>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
+template void ConvShape::transform_inputs<double, 4>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const float>&);
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::BFloat16>&);
 template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::Half>&);

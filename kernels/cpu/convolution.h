@@ -6,7 +6,7 @@
 //             or of 4x4, 36 for 144. Another kernel is cut into blocks of 3x3 taps, zeros where it ends: one of 7x7 into nine.
 //             Their input lanes, each block's those of pixels further right or down, are summed like lanes of one block.
 //
-// Where the machine has an instruction for it and tiles of 4x4 do not serve, the direct method multiplies bfloat16 for tensors
+// Where the machine has an instruction for it and tiles cost more, the direct method multiplies bfloat16 for tensors
 // that hold such: the frame, in a weight gradient both factors, is then rounded to it, sums are float32.
 //
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
@@ -42,7 +42,7 @@ struct Size {
 struct Frame {
   Size size;
   int64_t frames;                    // of a call
-  int64_t tile;                      // side of Winograd's tiles, if a convolution takes that method
+  int64_t tile;                      // largest side of Winograd's tiles, of convolutions that take that method
   int64_t top, left, height, width;  // of a plane with its zeros
 
   Frame(const Size& size, int64_t frames, const std::vector<Size>& kernels);
@@ -111,11 +111,13 @@ struct ConvShape {
 
   ConvShape(const Frame& frame, const Size& kernel, bool flipped, const Channels& in, const Channels& out);
 
-  // Side of Winograd's tiles for a convolution, 0 for the direct method; `pairs`: where that multiplies bfloat16.
+  // Side of Winograd's tiles for a convolution, 0 for the direct method; `pairs`: where that multiplies bfloat16. It depends on
+  // the number of frames: a step by itself may differ in its last bits from one of a sequence.
   int64_t tile(bool pairs) const;
-  // The same where a product of a lane with a lane costs so much by the direct method and with tiles of 2x2 and 4x4.
+  // The same where a product of a lane with a lane costs so much by the direct method and with tiles of 2x2 and 4x4. The numbers
+  // are measured: kernels/README.md.
   struct Cost {
-    double product, call;  // transforms and all; and what a call costs once, for each product of one tile
+    double product, packing;  // transforms and all; and for each product of one tile, what is done once
   };
   int64_t cheapest(double direct, const Cost& two, const Cost& four) const;
 
@@ -125,7 +127,7 @@ struct ConvShape {
   // Transforms some of these for the row of tiles that begins at this row of the frame; writes
   // out[product * plane + tile * lanes + lane].
   template <class A, int M>
-  void transform(const A* frame, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const;
+  void transform_inputs(const A* frame, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const;
 
   // Taps along the width that meet the frame at all: a frame narrower than the kernel misses some everywhere.
   int64_t first_tap() const;

@@ -60,7 +60,8 @@ struct Problem {
   }
   // The part's share of the input's channels, which begins at a multiple of `panel`.
   Part inputs_of(const Part& part, int64_t panel = 1) const {
-    const auto share = [&](int64_t channel) { return channel == channels ? inputs : channel * inputs / channels / panel * panel; };
+    const int64_t panels = (inputs + panel - 1) / panel;
+    const auto share = [&](int64_t channel) { return std::min(inputs, channel * panels / channels * panel); };
     return {part.row_begin, part.row_end, share(part.channel_begin), share(part.channel_end)};
   }
   Channels input() const {
@@ -144,9 +145,14 @@ class Schedule {
     int64_t height = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across) * tile;
     const auto blocks = [&] { return (rows + height - 1) / height; };
     const int64_t panels = (p.pitch + panel - 1) / panel;
-    // Rows are shared until all threads have two parts to take; with large weights while their channels are too few to share.
-    const int64_t each = weight_bytes > kLarge ? 1 : 2, ways = weight_bytes > kLarge ? panels : 1;
-    while (!whole_samples_ && height > tile && batch_ * blocks() * ways < each * threads) {
+    // Rows are shared until all threads have two parts to take; with large weights while it leaves a thread less to do, for
+    // every part reads its channels' weights anew.
+    const auto share_more = [&] {
+      const int64_t parts = batch_ * blocks() * (weight_bytes > kLarge ? panels : 1);
+      const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
+      return weight_bytes > kLarge ? 2 * most(parts) > most(2 * parts) : parts < 2 * threads;
+    };
+    while (!whole_samples_ && height > tile && share_more()) {
       height = (height / tile + 1) / 2 * tile;
     }
     const int64_t wanted = whole_samples_ ? 1 : (threads + batch_ * blocks() - 1) / (batch_ * blocks());

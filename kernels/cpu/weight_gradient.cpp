@@ -23,13 +23,16 @@ namespace {
 // take half a megabyte, or 1.2 with tiles of 4x4.
 constexpr int64_t kSquare = 64;
 
-// Tiles cost more than in a convolution, for their sums are read and written for some at a time; and a call zeroes and transforms
-// these, more than there are weights.
-int64_t tile_of(const ConvShape& shape, bool pairs) {
-  const auto width = static_cast<double>(shape.frame.size.width), blocks = static_cast<double>(Blocks(shape.kernel).count());
-  const double direct = (pairs ? 0.65 : 1) * (1 + 1 / width);  // each row is a product of its own
-  const double call = 10 + 12 * blocks;
-  return shape.in.total() < kColumns / 2 ? 0 : shape.cheapest(direct, {1.5, call}, {1.75, call});
+// Tiles cost more than in a convolution: their sums are read and written for some at a time, the more often the fewer come at
+// once, and in the end transformed. The direct method makes a product for each row of pixels.
+int64_t tile_of(const ConvShape& shape, int64_t frames, bool pairs) {
+  const Size& size = shape.frame.size;
+  const double direct = (pairs ? 0.75 : 1) * (1 + 1 / static_cast<double>(size.width));
+  const auto cost = [&](int64_t tile, double many) {
+    const int64_t at_once = frames * tiles(size.height, tile) * tiles(size.width, tile);
+    return ConvShape::Cost{many + 16 / static_cast<double>(at_once), 34};
+  };
+  return shape.in.total() < kColumns / 2 ? 0 : shape.cheapest(direct, cost(2, 1.4), cost(4, 1.75));
 }
 
 int64_t squares(int64_t lanes) {
@@ -83,7 +86,7 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
       first_lane_(first_lane),
       columns_(shape.out.gates * shape.out.pitch),
       pairs_(bfloat16 && multiplies_pairs() && PairRows(shape, panel_blocks<A>() * kColumns).frames > 0),
-      tile_(tile_of(shape, pairs_)),
+      tile_(tile_of(shape, frames, pairs_)),
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
   pairs_ = pairs_ && tile_ == 0;
@@ -226,7 +229,7 @@ void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* 
     A *x = scratch, *dy = scratch + products(M) * x_plane;
     for (int64_t i = 0; i < count / across; ++i) {
       const int64_t f = (row + i) / down, y = M * ((row + i) % down);
-      shape_.template transform<A, M>(inputs[f], y, k, lanes, x + i * across * lanes, x_plane);
+      shape_.template transform_inputs<A, M>(inputs[f], y, k, lanes, x + i * across * lanes, x_plane);
       run<winograd::Gradient<A, M>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
                                  pixel, dy + i * across * width, dy_plane, across, width);
     }
@@ -280,19 +283,23 @@ void WeightGradient<A>::write(const Weights<T>& weights) {
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t column = 0; column < columns_; column += kColumns) {
         int64_t plane = 0;
-        for (int64_t block = 0; tile_ > 0 && block < blocks.count(); ++block) {
-          const A* sums = sums_at(block * shape_.in.lanes() + k, column, plane);
-          if (tile_ == 2) {
-            run<winograd::WeightGradient<A, 2>>(sums, plane, of_block.data(), kColumns);
-          } else {
-            run<winograd::WeightGradient<A, 4>>(sums, plane, of_block.data(), kColumns);
+        if (tile_ == 0) {
+          const A* sums = sums_at(k, column, plane);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            std::copy_n(sums + tap * plane, kColumns, &found[tap * kColumns]);
           }
-          blocks.each_tap(block, [&](int64_t tap, int64_t place) {
-            std::copy_n(&of_block[place * kColumns], kColumns, &found[tap * kColumns]);
-          });
-        }
-        for (int64_t tap = 0; tile_ == 0 && tap < taps; ++tap) {
-          std::copy_n(sums_at(k, column, plane) + tap * plane, kColumns, &found[tap * kColumns]);
+        } else {
+          for (int64_t block = 0; block < blocks.count(); ++block) {
+            const A* sums = sums_at(block * shape_.in.lanes() + k, column, plane);
+            if (tile_ == 2) {
+              run<winograd::WeightGradient<A, 2>>(sums, plane, of_block.data(), kColumns);
+            } else {
+              run<winograd::WeightGradient<A, 4>>(sums, plane, of_block.data(), kColumns);
+            }
+            blocks.each_tap(block, [&](int64_t tap, int64_t place) {
+              std::copy_n(&of_block[place * kColumns], kColumns, &found[tap * kColumns]);
+            });
+          }
         }
         const int64_t gate = column / shape_.out.pitch, channel = column % shape_.out.pitch;
         T* to = weights.data + (gate * shape_.out.count + channel) * weights.n + k * weights.k;

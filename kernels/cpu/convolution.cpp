@@ -153,6 +153,25 @@ int64_t ConvShape::last_tap() const {
   return std::min(kernel.width - 1, before.width + frame.size.width - 1);
 }
 
+std::vector<ConvShape::Taps> ConvShape::taps(int64_t depth) const {
+  constexpr int64_t kAgain = 6;  // elements of depth that take as long as the sums
+  const int64_t first = first_tap(), last = last_tap(), center = before.width, width = frame.size.width;
+  int64_t outside = 0;
+  for (int64_t tap = first; tap <= last; ++tap) {
+    outside += std::abs(tap - center);
+  }
+  if (outside * kernel.rows() * depth <= (last - first) * kAgain * width) {
+    return {{first, last - first + 1, 0, width}};
+  }
+  std::vector<Taps> found{{center, 1, 0, width}};
+  for (int64_t tap = first; tap <= last; ++tap) {
+    if (tap != center) {
+      found.push_back({tap, 1, std::max<int64_t>(0, center - tap), std::min(width, width + center - tap)});
+    }
+  }
+  return found;
+}
+
 template <class A>
 template <class T>
 Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
@@ -162,6 +181,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
       tile_(shape.tile(pairs_)) {
   pairs_ = pairs_ && tile_ == 0;
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
+  taps_ = shape.taps(pairs_ ? lanes / 2 : lanes);
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
   const Blocks blocks(shape.kernel);
   const int64_t plane = shape.block_lanes();  // rows of weights of one of a tile's products
@@ -195,15 +215,19 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
         }
         if (tile_ > 0) {
           for (int64_t block = 0; block < blocks.count(); ++block) {
-            std::fill(of_block.begin(), of_block.end(), A(0));
-            blocks.each_tap(block, [&](int64_t tap, int64_t place) {
-              std::copy_n(&w[tap * width], width, &of_block[place * width]);
-            });
+            const A* from = w.data();  // of 3x3
+            if (taps != 9 || blocks.count() > 1) {
+              std::fill(of_block.begin(), of_block.end(), A(0));
+              blocks.each_tap(block, [&](int64_t tap, int64_t place) {
+                std::copy_n(&w[tap * width], width, &of_block[place * width]);
+              });
+              from = of_block.data();
+            }
             A* to = packed + block * lanes * width;
             if (tile_ == 2) {
-              run<winograd::Weight<A, 2>>(of_block.data(), to, plane * width, width);
+              run<winograd::Weight<A, 2>>(from, to, plane * width, width);
             } else {
-              run<winograd::Weight<A, 4>>(of_block.data(), to, plane * width, width);
+              run<winograd::Weight<A, 4>>(from, to, plane * width, width);
             }
           }
         } else if (pairs_) {
@@ -261,27 +285,29 @@ template <class A>
 void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const {
   const Size &size = shape_.frame.size, &kernel = shape_.kernel;
   const int64_t lanes = shape_.in.lanes(), pixel = shape_.in.pixel, width = panel.blocks * kColumns;
-  const int64_t first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
   const bool dense = lanes == pixel;  // a row's taps follow one another as its pixels do: one long product
   std::vector<Factors<A>> factors;
   for (int64_t row = part.row_begin; row < part.row_end; ++row, out += size.width * shape_.out.pixel) {
-    factors.clear();
-    for (int64_t kd = 0; kd < kernel.depth; ++kd) {
-      const int64_t depth = row / size.height + kd - shape_.before.depth;
-      for (int64_t kh = 0; kh < kernel.height; ++kh) {
-        const int64_t y = row % size.height + kh - shape_.before.height;
-        if (depth < 0 || depth >= size.depth || y < 0 || y >= size.height) {
-          continue;
-        }
-        const int64_t tap = (kd * kernel.height + kh) * kernel.width + first;
-        const A* from = frame + (shape_.frame.pixel(depth, y) + first - shape_.before.width) * pixel;
-        for (int64_t kw = 0; kw < (dense ? 1 : taps); ++kw) {
-          factors.push_back({from + kw * pixel, weights + (tap + kw) * lanes * width});
+    for (const ConvShape::Taps& taps : taps_) {
+      factors.clear();
+      for (int64_t kd = 0; kd < kernel.depth; ++kd) {
+        const int64_t depth = row / size.height + kd - shape_.before.depth;
+        for (int64_t kh = 0; kh < kernel.height; ++kh) {
+          const int64_t y = row % size.height + kh - shape_.before.height;
+          if (depth < 0 || depth >= size.depth || y < 0 || y >= size.height) {
+            continue;
+          }
+          const int64_t tap = (kd * kernel.height + kh) * kernel.width + taps.first;
+          const A* from = frame + (shape_.frame.pixel(depth, y) + taps.begin + taps.first - shape_.before.width) * pixel;
+          for (int64_t kw = 0; kw < (dense ? 1 : taps.count); ++kw) {
+            factors.push_back({from + kw * pixel, weights + (tap + kw) * lanes * width});
+          }
         }
       }
+      multiply(factors.data(), static_cast<int64_t>(factors.size()), dense ? taps.count * lanes : lanes,
+               taps.end - taps.begin, panel.blocks, {pixel, 1, width, shape_.out.pixel}, out + taps.begin * shape_.out.pixel,
+               &taps != taps_.data());
     }
-    multiply(factors.data(), static_cast<int64_t>(factors.size()), dense ? taps * lanes : lanes, size.width,
-             panel.blocks, {pixel, 1, width, shape_.out.pixel}, out, false);
   }
 }
 
@@ -293,7 +319,7 @@ void Convolution<A>::pairs([[maybe_unused]] const A* in, [[maybe_unused]] const 
   if constexpr (std::is_same_v<A, float>) {
     const Frame& frame = shape_.frame;
     const Size &size = frame.size, &kernel = shape_.kernel;
-    const int64_t lanes = shape_.in.lanes(), first = shape_.first_tap(), taps = shape_.last_tap() - first + 1;
+    const int64_t lanes = shape_.in.lanes();
     // Pixels that the part reads.
     const int64_t row = part.row_begin - shape_.before.height, rows = part.row_end - part.row_begin + kernel.height - 1;
     const int64_t begin = (frame.top + std::max<int64_t>(0, row)) * frame.width;
@@ -309,19 +335,21 @@ void Convolution<A>::pairs([[maybe_unused]] const A* in, [[maybe_unused]] const 
         A* to = out + f * batch.out_step + panel.gate * gate_step + panel.channel;
         const bool wanted = panel.channel >= part.channel_begin && panel.channel < part.channel_end;
         for (int64_t row = part.row_begin; wanted && row < part.row_end; ++row, to += size.width * shape_.out.pixel) {
-          factors.clear();
-          for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
-            const int64_t depth = row / size.height + kernel_row / kernel.height - shape_.before.depth;
-            const int64_t y = row % size.height + kernel_row % kernel.height - shape_.before.height;
-            if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
-              const int64_t pixel = frame.pixel(depth, y) + first - shape_.before.width;
-              factors.push_back({reinterpret_cast<const uint32_t*>(rounded + pixel * lanes),
-                                 reinterpret_cast<const uint32_t*>(weights) +
-                                     (kernel_row * kernel.width + first) * lanes / 2 * width});
+          for (const ConvShape::Taps& taps : taps_) {
+            factors.clear();
+            for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
+              const int64_t depth = row / size.height + kernel_row / kernel.height - shape_.before.depth;
+              const int64_t y = row % size.height + kernel_row % kernel.height - shape_.before.height;
+              if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
+                const int64_t pixel = frame.pixel(depth, y) + taps.begin + taps.first - shape_.before.width;
+                factors.push_back({reinterpret_cast<const uint32_t*>(rounded + pixel * lanes),
+                                   reinterpret_cast<const uint32_t*>(weights) +
+                                       (kernel_row * kernel.width + taps.first) * lanes / 2 * width});
+              }
             }
+            multiply_pairs(factors, taps.count * lanes / 2, taps.end - taps.begin, panel.blocks,
+                           {lanes / 2, 1, width, shape_.out.pixel}, to + taps.begin * shape_.out.pixel, &taps != taps_.data());
           }
-          multiply_pairs(factors, taps * lanes / 2, size.width, panel.blocks, {lanes / 2, 1, width, shape_.out.pixel}, to,
-                         false);
         }
         weights += panel.blocks * panel_size_;
       }

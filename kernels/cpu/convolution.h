@@ -132,6 +132,13 @@ struct ConvShape {
   // Taps along the width that meet the frame at all: a frame narrower than the kernel misses some everywhere.
   int64_t first_tap() const;
   int64_t last_tap() const;
+
+  // Those as products over the pixels of a row: all in one go, zeros included, or each over the pixels where it meets the frame,
+  // where that saves more than it costs to read and write the sums again. `depth`: of a product for one tap.
+  struct Taps {
+    int64_t first, count, begin, end;  // taps, and pixels
+  };
+  std::vector<Taps> taps(int64_t depth) const;
 };
 
 // Columns of `multiply`: blocks of output lanes that begin at `channel` of `gate`.
@@ -183,6 +190,7 @@ class Convolution {
   ConvShape shape_;
   bool pairs_;    // products of bfloat16
   int64_t tile_;  // of Winograd's method, or 0
+  std::vector<ConvShape::Taps> taps_;  // of the direct method
   int64_t panel_size_;  // packed elements of a panel of one block
   std::vector<Panel> panels_;
   int64_t packed_size_ = 0;

@@ -11,7 +11,7 @@ from .providers import Provider, Run
 OURS = "convrnn"
 FLOOR = "floor"  # no provider: what memory alone takes, timed beside them
 GRAPH = " in a CUDA graph"  # ends the name of a provider that runs in one
-FRESH = ", fresh pages"  # ends the name of one whose large tensors are new pages from the system in every call
+FRESH = ", new pages"  # ends the name of one whose large tensors are new pages from the system in every call
 TRAINING = ("forward", "backward", "step")  # step: forward and backward, every gradient
 STREAM = ("stream",)  # one time step, the state that comes out going in again
 

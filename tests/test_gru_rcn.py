@@ -110,7 +110,7 @@ def test_tiles_at_the_edges_of_frames(size, dtype):
         (3, (16, 32), (13, 15), [(5, 5)] * 3),
         (1, (16, 24), (29, 30), [(7, 7)] * 3),  # rows are shared by the threads
         (2, (20, 40), (14, 14), [(3, 5), (4, 4), (2, 3)]),
-        (8, (16, 64), (9, 10), [(3, 5), (6, 3), (2, 6)]),  # tiles of 2x2
+        (8, (16, 64), (9, 10), [(3, 5), (6, 3), (3, 6)]),  # tiles of 2x2
         (2, (32, 96), (28, 28), [(2, 2), (8, 1), (3, 8)]),  # squares of weight gradients end within a block
         (4, (9, 40), (28, 30), [(7, 7), (5, 5), (4, 4)]),
     ],
@@ -176,7 +176,7 @@ FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8
         (11, (8, 16), (8, 8), 3, torch.float32),
         (13, (3, 8), (1, 1), 3, torch.float32),
         *((batch, (8, 24), (28, 30), 7, torch.float32) for batch in (1, 6)),
-        (1, (100, 160), (14, 14), 3, torch.float32),  # channels of x are shared too
+        (1, (100, 160), (14, 14), 3, torch.float32),  # 5 threads share channels of x too
         (3, (16, 160), (7, 10), 3, torch.bfloat16),
     ],
     ids=str,

@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
@@ -109,13 +108,13 @@ int64_t ConvShape::cheapest(double direct, const Cost& two, const Cost& four) co
   const auto cost = [&](int64_t tile, const Cost& of) {
     const auto count = static_cast<double>(frame.frames * frame_tiles(frame.size, tile));
     const auto all = static_cast<double>(tile_products(frame.size, kernel, tile));
-    return takes_tiles(frame.size, kernel, tile) ? all * (of.product + of.packing / count) : kNever;
+    return takes_tiles(frame.size, kernel, tile) ? all * (of.product + of.once / count) : kNever;
   };
   // More transformed weights than the last-level cache holds are read from memory for every frame, which takes longer than
   // the products that they save; but 16 planes for 9 taps do not matter.
   constexpr int64_t kMost = 4 << 20;
   const auto fits = [&](int64_t tile) { return products(tile) * block_lanes() * out.lanes() <= kMost; };
-  const double of_two = fits(2) || Blocks(kernel).count() == 1 ? cost(2, two) : kNever;
+  const double of_two = fits(2) || kernel.pixels() == 9 ? cost(2, two) : kNever;
   const double of_four = fits(4) && frame.tile == 4 ? cost(4, four) : kNever;
   if (std::min(of_two, of_four) > direct * static_cast<double>(direct_products(frame.size, kernel))) {
     return 0;
@@ -124,13 +123,18 @@ int64_t ConvShape::cheapest(double direct, const Cost& two, const Cost& four) co
 }
 
 int64_t ConvShape::tile(bool pairs) const {
-  // Few channels bear more of the transforms each: an input's for so many outputs, lanes by the vector, and an output's.
+  // An input's transform, made in whole vectors of lanes, is shared by all output lanes, an output's by all input lanes.
   const auto of = [](int64_t lanes) { return static_cast<double>(lanes); };
   const double input = of(padded(in.count)) / of(in.count) / of(out.gates * padded(out.count)), output = 1 / of(block_lanes());
   constexpr int64_t kLarge = 1 << 20;  // transformed weights, in elements, whose reading shows
   const double four = products(4) * block_lanes() * out.lanes() > kLarge ? 1.4 : 1.15;
-  const double direct = pairs ? 0.5 : 0.95;  // a little less than they take: tiles are not as exact
-  return cheapest(direct, {1.1 + 4 * input + 5 * output, 15}, {four + 10 * input + 8 * output, 12});
+  // The direct method leaves some products out. It is charged a little less than its time, for tiles are less exact.
+  int64_t kept = 0;
+  for (const Taps& found : taps(pairs ? in.lanes() / 2 : in.lanes())) {
+    kept += found.count * (found.end - found.begin);
+  }
+  const double share = of(kept) / of((last_tap() - first_tap() + 1) * frame.size.width);
+  return cheapest(share * (pairs ? 0.5 : 0.95), {1.1 + 4 * input + 5 * output, 15}, {four + 10 * input + 8 * output, 12});
 }
 
 template <class A, int M>
@@ -154,7 +158,7 @@ int64_t ConvShape::last_tap() const {
 }
 
 std::vector<ConvShape::Taps> ConvShape::taps(int64_t depth) const {
-  constexpr int64_t kAgain = 6;  // elements of depth that take as long as the sums
+  constexpr int64_t kAgain = 6;  // so many products of a sum take as long as reading and writing it again
   const int64_t first = first_tap(), last = last_tap(), center = before.width, width = frame.size.width;
   int64_t outside = 0;
   for (int64_t tap = first; tap <= last; ++tap) {
@@ -373,8 +377,8 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
     A *inputs = scratch, *results = scratch + products(M) * plane;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = part.row_begin + i % down * M;
-      shape_.template transform_inputs<A, M>(in + i / down * batch.in_step, row, 0, lanes, inputs + (i - begin) * across * lanes,
-                                      plane);
+      shape_.template transform_inputs<A, M>(in + i / down * batch.in_step, row, 0, lanes,
+                                             inputs + (i - begin) * across * lanes, plane);
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {

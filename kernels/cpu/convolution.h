@@ -1,7 +1,7 @@
 // 'Same' convolutions of GRU-RCN over frames in a padded channels-last buffer: forward, which with flipped weights is the
 // data gradient too, and weight gradient. Two methods, both sums of small matrix products (product.h):
 //
-//   direct    a row of pixels times the weights of those rows of the kernel that lie inside the frame;
+//   direct    a row of pixels times the weights of those rows of the kernel that lie inside the frame (ConvShape::taps);
 //   Winograd  F(2x2, 3x3) and F(4x4, 3x3), on 2-D frames: tiles of 2x2 pixels, 16 products where the definition has 36,
 //             or of 4x4, 36 for 144. Another kernel is cut into blocks of 3x3 taps, zeros where it ends: one of 7x7 into nine.
 //             Their input lanes, each block's those of pixels further right or down, are summed like lanes of one block.
@@ -117,7 +117,7 @@ struct ConvShape {
   // The same where a product of a lane with a lane costs so much by the direct method and with tiles of 2x2 and 4x4. The numbers
   // are measured: kernels/README.md.
   struct Cost {
-    double product, packing;  // transforms and all; and for each product of one tile, what is done once
+    double product, once;  // transforms and all; and what is done once a call, for each product of one tile
   };
   int64_t cheapest(double direct, const Cost& two, const Cost& four) const;
 

@@ -134,6 +134,34 @@ struct Samples {
 // A stage of the work on some samples; stages of a sample follow one another, parts of a stage are independent.
 using Stage = std::function<void(int64_t slot, const Samples& samples, const Part& part)>;
 
+// A frame in parts: of `height` rows of tiles, and, where these are fewer than the threads, of panels of channels.
+struct Split {
+  int64_t rows, tile, panels, height;
+
+  int64_t row_parts() const {
+    return (rows + height * tile - 1) / (height * tile);
+  }
+  int64_t width(int64_t batch, int64_t threads) const {  // panels of a part
+    const int64_t wanted = (threads + batch * row_parts() - 1) / (batch * row_parts());
+    return (panels + wanted - 1) / wanted;
+  }
+  // Rows times panels of the thread that gets most, as `spread` gives them out.
+  int64_t share(int64_t batch, int64_t threads) const {
+    const int64_t wide = width(batch, threads), across = (panels + wide - 1) / wide, count = batch * row_parts() * across;
+    const int64_t n = std::min(count, threads);
+    int64_t most = 0;
+    for (int64_t slot = 0; slot < n; ++slot) {
+      int64_t sum = 0;
+      for (int64_t i = slot * count / n; i < (slot + 1) * count / n; ++i) {
+        const int64_t row = i / across % row_parts() * height * tile, first = i % across * wide;
+        sum += std::min(height * tile, rows - row) * std::min(wide, panels - first);
+      }
+      most = std::max(most, sum);
+    }
+    return most;
+  }
+};
+
 class Schedule {
  public:
   // `alone`: each stage is given one sample.
@@ -142,30 +170,30 @@ class Schedule {
     const int64_t tile = p.frame.tile, rows = p.frame.size.rows(), across = (p.frame.size.width + tile - 1) / tile;
     const int64_t threads = slots();
     whole_samples_ = batch_ >= threads && (batch_ % threads == 0 || batch_ >= 4 * threads);
-    int64_t height = std::max<int64_t>(1, ((weight_bytes > kLarge ? 224 : 28) + across - 1) / across) * tile;
-    const auto blocks = [&] { return (rows + height - 1) / height; };
-    const int64_t panels = (p.pitch + panel - 1) / panel;
-    // Rows are shared until all threads have two parts to take; with large weights while it leaves a thread less to do, for
-    // every part reads its channels' weights anew.
-    const auto share_more = [&] {
-      const int64_t parts = batch_ * blocks() * (weight_bytes > kLarge ? panels : 1);
-      const auto most = [&](int64_t count) { return (count + threads - 1) / threads; };
-      return weight_bytes > kLarge ? 2 * most(parts) > most(2 * parts) : parts < 2 * threads;
-    };
-    while (!whole_samples_ && height > tile && share_more()) {
-      height = (height / tile + 1) / 2 * tile;
+    const int64_t tile_rows = (rows + tile - 1) / tile, tiles = weight_bytes > kLarge ? 224 : 28;  // of a part
+    const int64_t most = std::min(tile_rows, std::max<int64_t>(1, (tiles + across - 1) / across));
+    Split split{rows, tile, (p.pitch + panel - 1) / panel, most};
+    if (!whole_samples_ && weight_bytes <= kLarge) {
+      while (split.height > 1 && batch_ * split.row_parts() < 2 * threads) {
+        split.height = (split.height + 1) / 2;
+      }
+    } else if (!whole_samples_) {
+      // Channels are shared; rows only where that leaves a thread less to do, for each part reads the weights of its channels.
+      for (int64_t n = 1; n <= threads; ++n) {
+        Split other = split;
+        other.height = std::min(most, (tile_rows + n - 1) / n);
+        split = other.share(batch_, threads) < split.share(batch_, threads) ? other : split;
+      }
     }
-    const int64_t wanted = whole_samples_ ? 1 : (threads + batch_ * blocks() - 1) / (batch_ * blocks());
-    const int64_t width = (panels + wanted - 1) / wanted * panel;
-    for (int64_t row = 0; row < rows; row += height) {
-      for (int64_t channel = 0; channel < p.channels; channel += width) {
-        parts_.push_back({row, std::min(rows, row + height), channel, std::min(p.channels, channel + width)});
+    const int64_t width = whole_samples_ ? split.panels : split.width(batch_, threads);
+    for (int64_t row = 0; row < rows; row += split.height * tile) {
+      for (int64_t channel = 0; channel < p.channels; channel += width * panel) {
+        parts_.push_back({row, std::min(rows, row + split.height * tile), channel, std::min(p.channels, channel + width * panel)});
       }
     }
     if (whole_samples_ && parts_.size() == 1 && !alone) {
       // Half of the tiles that are transformed at a time: with all of them the state would leave the second-level cache.
-      const int64_t tiles = (rows + tile - 1) / tile * across;
-      together_ = std::clamp<int64_t>(winograd::most_tiles(tile) / 2 / tiles, 1, batch_ / threads);
+      together_ = std::clamp<int64_t>(winograd::most_tiles(tile) / 2 / (tile_rows * across), 1, batch_ / threads);
     }
   }
 

@@ -23,8 +23,8 @@ namespace {
 // take half a megabyte, or 1.2 with tiles of 4x4.
 constexpr int64_t kSquare = 64;
 
-// Tiles cost more than in a convolution: their sums are read and written for some at a time, the more often the fewer come at
-// once, and in the end transformed. The direct method makes a product for each row of pixels.
+// Tiles cost more than in a convolution: their sums are read and written for most_tiles at a time, or as few as come at once, and
+// are zeroed and transformed once a call. The direct method makes a product for each row of pixels.
 int64_t tile_of(const ConvShape& shape, int64_t frames, bool pairs) {
   const Size& size = shape.frame.size;
   const double direct = (pairs ? 0.75 : 1) * (1 + 1 / static_cast<double>(size.width));

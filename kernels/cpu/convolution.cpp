@@ -116,7 +116,9 @@ int64_t ConvShape::cheapest(double direct, const Cost& two, const Cost& four) co
   const auto fits = [&](int64_t tile) { return products(tile) * block_lanes() * out.lanes() <= kMost; };
   const double of_two = fits(2) || kernel.pixels() == 9 ? cost(2, two) : kNever;
   const double of_four = fits(4) && frame.tile == 4 ? cost(4, four) : kNever;
-  if (std::min(of_two, of_four) > direct * static_cast<double>(direct_products(frame.size, kernel))) {
+  // The direct method makes a product for each row of pixels, and of few pixels its register tiles are less than full.
+  const double narrow = 1 + 1 / static_cast<double>(frame.size.width);
+  if (std::min(of_two, of_four) > direct * narrow * static_cast<double>(direct_products(frame.size, kernel))) {
     return 0;
   }
   return of_two < of_four ? 2 : 4;
@@ -133,8 +135,7 @@ int64_t ConvShape::tile(bool pairs) const {
   for (const Taps& found : taps(pairs ? in.lanes() / 2 : in.lanes())) {
     kept += found.count * (found.end - found.begin);
   }
-  const int64_t width = frame.size.width;  // of the rows that the direct method multiplies one by one
-  const double share = of(kept) / of((last_tap() - first_tap() + 1) * width) * (1 + 1 / of(width));
+  const double share = of(kept) / of((last_tap() - first_tap() + 1) * frame.size.width);
   return cheapest(share * (pairs ? 0.5 : 0.95), {1.1 + 4 * input + 5 * output, 15}, {four + 10 * input + 8 * output, 12});
 }
 

@@ -24,15 +24,14 @@ namespace {
 constexpr int64_t kSquare = 64;
 
 // Tiles cost more than in a convolution: their sums are read and written for most_tiles at a time, or as few as come at once, and
-// are zeroed and transformed once a call. The direct method makes a product for each row of pixels.
+// are zeroed and transformed once a call.
 int64_t tile_of(const ConvShape& shape, int64_t frames, bool pairs) {
   const Size& size = shape.frame.size;
-  const double direct = (pairs ? 0.75 : 1) * (1 + 1 / static_cast<double>(size.width));
   const auto cost = [&](int64_t tile, double many) {
     const int64_t at_once = frames * tiles(size.height, tile) * tiles(size.width, tile);
     return ConvShape::Cost{many + 16 / static_cast<double>(at_once), 34};
   };
-  return shape.in.total() < kColumns / 2 ? 0 : shape.cheapest(direct, cost(2, 1.4), cost(4, 1.75));
+  return shape.in.total() < kColumns / 2 ? 0 : shape.cheapest(pairs ? 0.75 : 1, cost(2, 1.4), cost(4, 1.75));
 }
 
 int64_t squares(int64_t lanes) {

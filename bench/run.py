@@ -47,6 +47,10 @@ EFFORTS = {
 }
 
 
+def five_digits(samples: list[float]) -> list[float]:
+    return [float(f"{x:.5g}") for x in samples]
+
+
 class Subject:
     """A case under measurement: its rows, and the times of its floors, which are no rows."""
 
@@ -72,7 +76,7 @@ class Subject:
                 self.floors.setdefault(what, []).extend(found)
                 continue
             row = self.rows[name, what]
-            row.samples_ms += (float(f"{ms:.5g}") for ms in found)
+            row.samples_ms += five_digits(found)
             row.sweeps += [sweep] * len(found)
         for what in self.case.passes:
             rows = [row for row in self.rows.values() if row.what == what]
@@ -87,7 +91,7 @@ class Subject:
             dataclasses.replace(
                 self.rows[OURS, what],
                 provider=OURS + FRESH,
-                samples_ms=[float(f"{ms:.5g}") for ms in turns[OURS, what]],
+                samples_ms=five_digits(turns[OURS, what]),
                 sweeps=[0] * len(turns[OURS, what]),
                 floor_ms=statistics.median(turns[FLOOR, what]),
                 **dict.fromkeys(("kept_bytes", "peak_bytes", "speedup", "speedup_low", "speedup_high")),

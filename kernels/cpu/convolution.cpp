@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "outliers.h"
 #include "transpose.h"
 #include "winograd.h"
 
@@ -142,13 +143,11 @@ int64_t ConvShape::tile(bool pairs) const {
 template <class A, int M>
 void ConvShape::transform_inputs(const A* from, int64_t row, int64_t first_lane, int64_t lanes, A* out, int64_t plane) const {
   const Blocks blocks(kernel);
-  for (int64_t lane = first_lane, n = 0; lane < first_lane + lanes; lane += n, out += n) {
-    const int64_t block = lane / in.lanes(), channel = lane % in.lanes();
-    n = std::min(in.lanes() - channel, first_lane + lanes - lane);
+  each_run(first_lane, lanes, [&](int64_t block, int64_t channel, int64_t n, int64_t offset) {
     const int64_t pixel = frame.pixel(0, row + blocks.row(block) - before.height) + blocks.column(block) - before.width;
-    run<winograd::Input<A, M>>(from + pixel * in.pixel + channel, frame.width * in.pixel, in.pixel, out, plane, lanes,
+    run<winograd::Input<A, M>>(from + pixel * in.pixel + channel, frame.width * in.pixel, in.pixel, out + offset, plane, lanes,
                                tiles(frame.size.width, M), n);
-  }
+  });
 }
 
 int64_t ConvShape::first_tap() const {
@@ -180,12 +179,16 @@ std::vector<ConvShape::Taps> ConvShape::taps(int64_t depth) const {
 
 template <class A>
 template <class T>
-Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights)
+Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weights, bool exactly)
     : shape_(shape),
-      pairs_(std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.in.lanes() % 2 == 0 &&
+      pairs_(!exactly && std::is_same_v<T, c10::BFloat16> && multiplies_pairs() && shape.in.lanes() % 2 == 0 &&
              shape.frame.size.depth == 1),  // of a volume each part would round most, again and again
-      tile_(shape.tile(pairs_)) {
+      tile_(exactly ? 0 : shape.tile(pairs_)) {
   pairs_ = pairs_ && tile_ == 0;
+  if (tile_ > 0) {
+    exact_ = std::make_unique<Exact>();
+    exact_->make = [shape, weights] { return std::make_unique<Convolution>(shape, weights, true); };
+  }
   const int64_t taps = shape.kernel.pixels(), lanes = shape.in.lanes();
   taps_ = shape.taps(pairs_ ? lanes / 2 : lanes);
   panels_ = make_panels(shape.out.gates, shape.out.count, panel_blocks<A>());
@@ -280,7 +283,7 @@ void Convolution<A>::operator()(const A* in, const Batch& batch, const Part& par
   const A* weights = packed_.data();
   for (const Panel& panel : panels_) {
     for (int64_t f = 0; f < batch.frames && panel.channel >= part.channel_begin && panel.channel < part.channel_end; ++f) {
-      direct(in + f * batch.in_step, part, panel, weights,
+      direct(in + f * batch.in_step, part, 0, shape_.frame.size.width, panel, weights,
              out + f * batch.out_step + panel.gate * gate_step + panel.channel);
     }
     weights += panel.blocks * panel_size_;
@@ -288,13 +291,31 @@ void Convolution<A>::operator()(const A* in, const Batch& batch, const Part& par
 }
 
 template <class A>
-void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const {
+void Convolution<A>::exactly(const A* frame, const Part& part, int64_t begin, int64_t end, A* out, int64_t gate_step) const {
+  std::call_once(exact_->once, [&] { exact_->found = exact_->make(); });
+  const Convolution& exact = *exact_->found;
+  const A* weights = exact.packed_.data();
+  for (const Panel& panel : exact.panels_) {
+    if (panel.channel >= part.channel_begin && panel.channel < part.channel_end) {
+      exact.direct(frame, part, begin, end, panel, weights, out + panel.gate * gate_step + panel.channel);
+    }
+    weights += panel.blocks * exact.panel_size_;
+  }
+}
+
+template <class A>
+void Convolution<A>::direct(const A* frame, const Part& part, int64_t begin, int64_t end, const Panel& panel, const A* weights,
+                            A* out) const {
   const Size &size = shape_.frame.size, &kernel = shape_.kernel;
   const int64_t lanes = shape_.in.lanes(), pixel = shape_.in.pixel, width = panel.blocks * kColumns;
   const bool dense = lanes == pixel;  // a row's taps follow one another as its pixels do: one long product
   std::vector<Factors<A>> factors;
   for (int64_t row = part.row_begin; row < part.row_end; ++row, out += size.width * shape_.out.pixel) {
     for (const ConvShape::Taps& taps : taps_) {
+      const int64_t first = std::max(begin, taps.begin), last = std::min(end, taps.end);
+      if (first >= last) {
+        continue;
+      }
       factors.clear();
       for (int64_t kd = 0; kd < kernel.depth; ++kd) {
         const int64_t depth = row / size.height + kd - shape_.before.depth;
@@ -304,14 +325,14 @@ void Convolution<A>::direct(const A* frame, const Part& part, const Panel& panel
             continue;
           }
           const int64_t tap = (kd * kernel.height + kh) * kernel.width + taps.first;
-          const A* from = frame + (shape_.frame.pixel(depth, y) + taps.begin + taps.first - shape_.before.width) * pixel;
+          const A* from = frame + (shape_.frame.pixel(depth, y) + first + taps.first - shape_.before.width) * pixel;
           for (int64_t kw = 0; kw < (dense ? 1 : taps.count); ++kw) {
             factors.push_back({from + kw * pixel, weights + (tap + kw) * lanes * width});
           }
         }
       }
       multiply(factors.data(), static_cast<int64_t>(factors.size()), dense ? taps.count * lanes : lanes,
-               taps.end - taps.begin, panel.blocks, {pixel, 1, width, shape_.out.pixel}, out + taps.begin * shape_.out.pixel,
+               last - first, panel.blocks, {pixel, 1, width, shape_.out.pixel}, out + first * shape_.out.pixel,
                &taps != taps_.data());
     }
   }
@@ -373,14 +394,29 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
   const int64_t out_row = size.width * shape_.out.pixel;
   const int64_t across = tiles(size.width, M), down = tiles(part.row_end - part.row_begin, M);
   const int64_t depth = M == 4 ? kDepth : lanes, most_rows = std::max<int64_t>(1, most_tiles(M) / across);
+  Outliers<A> outliers(shape_, M);
+  struct Tile {
+    int64_t row, across;  // the row of tiles, through all frames, and the place in it
+  };
+  std::vector<Tile> with_outliers;
   for (int64_t begin = 0; begin < batch.frames * down; begin += most_rows) {
     const int64_t end = std::min(batch.frames * down, begin + most_rows), count = (end - begin) * across;
     const int64_t plane = plane_size(count, lanes);
     A *inputs = scratch, *results = scratch + products(M) * plane;
+    with_outliers.clear();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = part.row_begin + i % down * M;
-      shape_.template transform_inputs<A, M>(in + i / down * batch.in_step, row, 0, lanes,
-                                             inputs + (i - begin) * across * lanes, plane);
+      const A* frame = in + i / down * batch.in_step;
+      if (row == part.row_begin) {
+        outliers.begin(frame, row);
+      }
+      const bool none = outliers.none(row);
+      for (int64_t tile = 0; !none && tile < across; ++tile) {
+        if (outliers.in_tile(row, tile * M)) {
+          with_outliers.push_back({i, tile});
+        }
+      }
+      shape_.template transform_inputs<A, M>(frame, row, 0, lanes, inputs + (i - begin) * across * lanes, plane);
     }
     const A* weights = packed_.data();
     for (const Panel& panel : panels_) {
@@ -403,6 +439,12 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
       }
       weights += panel.blocks * panel_size_;
     }
+    for (const Tile& tile : with_outliers) {
+      const int64_t f = tile.row / down, row = tile.row % down * M, column = tile.across * M;
+      exactly(in + f * batch.in_step,
+              {part.row_begin + row, std::min(size.height, part.row_begin + row + M), part.channel_begin, part.channel_end},
+              column, std::min(size.width, column + M), out + f * batch.out_step + row * out_row, gate_step);
+    }
   }
 }
 
@@ -410,10 +452,10 @@ template void ConvShape::transform_inputs<float, 2>(const float*, int64_t, int64
 template void ConvShape::transform_inputs<float, 4>(const float*, int64_t, int64_t, int64_t, float*, int64_t) const;
 template void ConvShape::transform_inputs<double, 2>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
 template void ConvShape::transform_inputs<double, 4>(const double*, int64_t, int64_t, int64_t, double*, int64_t) const;
-template Convolution<float>::Convolution(const ConvShape&, const Weights<const float>&);
-template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::BFloat16>&);
-template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::Half>&);
-template Convolution<double>::Convolution(const ConvShape&, const Weights<const double>&);
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const float>&, bool);
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::BFloat16>&, bool);
+template Convolution<float>::Convolution(const ConvShape&, const Weights<const c10::Half>&, bool);
+template Convolution<double>::Convolution(const ConvShape&, const Weights<const double>&, bool);
 template class Convolution<float>;
 template class Convolution<double>;
 

@@ -9,14 +9,18 @@
 // Where the machine has an instruction for it and tiles cost more, the direct method multiplies bfloat16 for tensors
 // that hold such: the frame, in a weight gradient both factors, is then rounded to it, sums are float32.
 //
+// A tile with an outlier among its pixels is computed directly (outliers.h), so that no output is rounded in proportion to a pixel
+// that it does not see, and NaN and infinity reach those outputs alone that see them.
+//
 // A frame has three dimensions, the leading ones 1 where there are fewer; its rows run through depth and height.
-// An infinity in a frame makes NaN of the whole tile that it is read with, and in weight gradients of bfloat16 of the pair,
-// where the definition would not.
 // Source of Winograd's method: Lavin & Gray 2015, arXiv 1509.09308.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "buffer.h"
@@ -124,6 +128,15 @@ struct ConvShape {
   int64_t block_lanes() const {  // input lanes of all blocks, side by side
     return Blocks(kernel).count() * in.lanes();
   }
+  // f(block, channel, lanes, offset) for the runs of some of these, of one block each; `offset` from the first.
+  template <class F>
+  void each_run(int64_t first_lane, int64_t lanes, F f) const {
+    for (int64_t offset = 0, n = 0; offset < lanes; offset += n) {
+      const int64_t block = (first_lane + offset) / in.lanes(), channel = (first_lane + offset) % in.lanes();
+      n = std::min(in.lanes() - channel, lanes - offset);
+      f(block, channel, n, offset);
+    }
+  }
   // Transforms some of these for the row of tiles that begins at this row of the frame; writes
   // out[product * plane + tile * lanes + lane].
   template <class A, int M>
@@ -165,9 +178,10 @@ std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks
 template <class A>
 class Convolution {
  public:
-  // Packs the weights, which is done once for all frames.
+  // Packs the weights, which is done once for all frames. They must outlive the convolution: for tiles with outliers they are
+  // packed again when the first is met, `exactly`: by the direct method, with nothing rounded.
   template <class T>
-  Convolution(const ConvShape& shape, const Weights<const T>& weights);
+  Convolution(const ConvShape& shape, const Weights<const T>& weights, bool exactly = false);
 
   // Writes out[gate * gate_step + (pixel - first pixel of part) * out.pixel + channel], channels padded to kColumns, of every
   // frame. `in` is the first of the padded frames, `scratch` has scratch_size() elements. Frames that are given together
@@ -182,14 +196,24 @@ class Convolution {
   }
 
  private:
-  void direct(const A* frame, const Part& part, const Panel& panel, const A* weights, A* out) const;
+  // Pixels [begin, end) of the part's rows.
+  void direct(const A* frame, const Part& part, int64_t begin, int64_t end, const Panel& panel, const A* weights, A* out) const;
   void pairs(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
   template <int M>
   void winograd(const A* in, const Batch& batch, const Part& part, A* out, int64_t gate_step, A* scratch) const;
 
+  // Pixels [begin, end) of the part's rows in a frame, exactly.
+  void exactly(const A* frame, const Part& part, int64_t begin, int64_t end, A* out, int64_t gate_step) const;
+  struct Exact {
+    std::once_flag once;
+    std::function<std::unique_ptr<Convolution>()> make;
+    std::unique_ptr<Convolution> found;
+  };
+
   ConvShape shape_;
   bool pairs_;    // products of bfloat16
   int64_t tile_;  // of Winograd's method, or 0
+  std::unique_ptr<Exact> exact_;
   std::vector<ConvShape::Taps> taps_;  // of the direct method
   int64_t panel_size_;  // packed elements of a panel of one block
   std::vector<Panel> panels_;

@@ -23,24 +23,36 @@ struct Target {
   WeightGradient<A> gradient;
   A* Step<T>::*input;
   Tensor weight;
+  Channels in;
+  int64_t first_gate, gates;
 };
 
 // Adds what the steps give to the gradients of the weights.
 template <class T>
-void accumulate(std::vector<Target<T>>& targets, const std::vector<Step<T>>& steps) {
+void accumulate(const Problem& p, std::vector<Target<T>>& targets, const std::vector<Step<T>>& steps) {
   using A = acc_t<T>;
+  using Factor = typename WeightGradient<A>::Factor;
   const auto frames = static_cast<int64_t>(steps.size());
-  std::vector<const A*> gradients, inputs;
-  for (const Step<T>& step : steps) {
-    gradients.push_back(step.da);
-  }
+  std::vector<std::vector<Factor>> inputs(targets.size(), std::vector<Factor>(frames)), gradients = inputs;
+  deal(frames, [&](int64_t, int64_t i) {
+    std::array<Magnitudes<A>, 3> gates;
+    for (int64_t gate = 0; gate < 3; ++gate) {
+      gates[gate] = {p.frame, steps[i].da + gate * p.pitch, 3 * p.pitch, p.channels};
+    }
+    for (size_t j = 0; j < targets.size(); ++j) {
+      const Target<T>& target = targets[j];
+      const A* input = steps[i].*target.input;
+      inputs[j][i] = {input, {p.frame, input, target.in.pixel, target.in.count}};
+      gradients[j][i] = {steps[i].da, gates[target.first_gate]};
+      for (int64_t gate = 1; gate < target.gates; ++gate) {
+        gradients[j][i].magnitudes.join(gates[target.first_gate + gate]);
+      }
+    }
+  });
   int64_t tasks = 0, scratch_size = 0;
   for (const auto& target : targets) {
     tasks += target.gradient.tasks();
     scratch_size = std::max(scratch_size, target.gradient.scratch_size());
-    for (const Step<T>& step : steps) {
-      inputs.push_back(step.*target.input);
-    }
   }
   Buffer<A> scratch(slots() * scratch_size);
   deal(tasks, [&](int64_t slot, int64_t task) {
@@ -48,7 +60,7 @@ void accumulate(std::vector<Target<T>>& targets, const std::vector<Step<T>>& ste
     for (; task >= targets[j].gradient.tasks(); ++j) {
       task -= targets[j].gradient.tasks();
     }
-    targets[j].gradient.add(task, &inputs[j * frames], gradients.data(), frames, scratch.data() + slot * scratch_size);
+    targets[j].gradient.add(task, inputs[j].data(), gradients[j].data(), frames, scratch.data() + slot * scratch_size);
   });
 }
 
@@ -93,7 +105,7 @@ class Backward {
       if (weight.has_value()) {
         targets_.push_back({WeightGradient<A>({p.frame, kernel, false, in, out}, lane, p.batch * chunk_,
                                               std::is_same_v<T, c10::BFloat16>),
-                            input, *weight});
+                            input, *weight, in, lane / p.pitch, out.gates});
       }
     };
     want(wanted.dU, p.u, p.state(), p.packed(2), 0, &Step<T>::h);
@@ -150,7 +162,7 @@ class Backward {
       if (steps.empty()) {
         continue;
       }
-      accumulate<T>(targets_, steps);
+      accumulate<T>(p_, targets_, steps);
       deal(static_cast<int64_t>(bias_sums_.size()) / kColumns, [&](int64_t, int64_t block) {
         for (const Step<T>& step : steps) {
           add_pixels(p_.frame, step.da + block * kColumns, 3 * p_.pitch, &bias_sums_[block * kColumns]);

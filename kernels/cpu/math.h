@@ -24,8 +24,18 @@ CONVRNN_INLINE int32_t bits(float x) {
   std::memcpy(&i, &x, sizeof(i));
   return i;
 }
+CONVRNN_INLINE int64_t bits(double x) {
+  int64_t i;
+  std::memcpy(&i, &x, sizeof(i));
+  return i;
+}
 CONVRNN_INLINE float from_bits(int32_t i) {
   float x;
+  std::memcpy(&x, &i, sizeof(x));
+  return x;
+}
+CONVRNN_INLINE double from_bits(int64_t i) {
+  double x;
   std::memcpy(&x, &i, sizeof(x));
   return x;
 }

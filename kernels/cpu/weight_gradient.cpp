@@ -22,6 +22,7 @@ namespace {
 // Winograd's sums of a weight gradient come in squares of so many input and output lanes: with the tiles of some rows they
 // take half a megabyte, or 1.2 with tiles of 4x4.
 constexpr int64_t kSquare = 64;
+constexpr int64_t kExact = 9 * kSquare * kSquare;  // weights of a square, by taps of a block
 
 // Tiles cost more than in a convolution: their sums are read and written for most_tiles at a time, or as few as come at once, and
 // are zeroed and transformed once a call.
@@ -89,6 +90,7 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
   pairs_ = pairs_ && tile_ == 0;
+  pixels_ = static_cast<A>(shape.frame.size.pixels() * std::min<int64_t>(4, frames));
   if (tile_ > 0) {
     units_ = squares(shape.block_lanes()) * squares(columns_);
     size_ = units_ * products(tile_) * kSquare * kSquare;
@@ -103,6 +105,7 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
   const int64_t side = std::max<int64_t>(tile_, 2), area = side * side, depth = 2 * most_tiles(side);
   const int64_t deep = frames * (shape.frame.size.pixels() + area - 1) / area / depth;
   groups_ = std::max<int64_t>(1, std::min({(kTasks + units_ - 1) / units_, most, deep, frames}));
+  exact_.resize(tile_ > 0 ? tasks() : 0);
   sums_ = Buffer<A>(groups_ * size_);
   std::fill_n(sums_.data(), groups_ * size_, A(0));
 }
@@ -118,15 +121,15 @@ int64_t WeightGradient<A>::scratch_size() const {
 }
 
 template <class A>
-void WeightGradient<A>::add(int64_t task, const A* const* inputs, const A* const* gradients, int64_t frames, A* scratch) {
+void WeightGradient<A>::add(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A* scratch) {
   const int64_t group = task / units_, unit = task % units_;
   const int64_t begin = group * frames / groups_, count = (group + 1) * frames / groups_ - begin;
   A* sums = sums_.data() + group * size_;
   A* square = sums + unit * products(tile_) * kSquare * kSquare;
   if (tile_ == 2) {
-    winograd<2>(unit, inputs + begin, gradients + begin, count, square, scratch);
+    winograd<2>(task, inputs + begin, gradients + begin, count, square, scratch);
   } else if (tile_ == 4) {
-    winograd<4>(unit, inputs + begin, gradients + begin, count, square, scratch);
+    winograd<4>(task, inputs + begin, gradients + begin, count, square, scratch);
   } else if (pairs_) {
     pairs(unit, inputs + begin, gradients + begin, count, sums, scratch);
   } else {
@@ -136,8 +139,7 @@ void WeightGradient<A>::add(int64_t task, const A* const* inputs, const A* const
 
 // A row of the kernel and a panel, over all rows of the frames.
 template <class A>
-void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames,
-                               A* sums) const {
+void WeightGradient<A>::direct(int64_t unit, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums) const {
   const Size &size = shape_.frame.size, &kernel = shape_.kernel;
   const Panel& panel = panels_[unit % panels_.size()];
   const int64_t kernel_row = unit / static_cast<int64_t>(panels_.size());
@@ -149,12 +151,18 @@ void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* co
   for (int64_t kw = 0; kw < (dense ? 1 : taps); ++kw) {
     factors.clear();
     for (int64_t f = 0; f < frames; ++f) {
+      if (!inputs[f].finite_with(gradients[f])) {
+        if (kw == 0) {
+          exactly(kernel_row, panel, inputs[f].frame, gradients[f].frame, sums);
+        }
+        continue;
+      }
       for (int64_t row = 0; row < size.rows(); ++row) {
         const int64_t depth = row / size.height + kd, y = row % size.height + kh;
         if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
           const int64_t from = shape_.frame.pixel(depth, y) + first + kw - shape_.before.width;
-          factors.push_back({inputs[f] + from * shape_.in.pixel,
-                             gradients[f] + shape_.frame.pixel(row) * shape_.out.pixel + first_lane_ + panel.channel});
+          factors.push_back({inputs[f].frame + from * shape_.in.pixel,
+                             gradients[f].frame + shape_.frame.pixel(row) * shape_.out.pixel + first_lane_ + panel.channel});
         }
       }
     }
@@ -164,10 +172,32 @@ void WeightGradient<A>::direct(int64_t unit, const A* const* inputs, const A* co
   }
 }
 
+template <class A>
+void WeightGradient<A>::exactly(int64_t kernel_row, const Panel& panel, const A* input, const A* gradient, A* sums) const {
+  const Size &size = shape_.frame.size, &kernel = shape_.kernel;
+  const int64_t kd = kernel_row / kernel.height - shape_.before.depth, lanes = shape_.in.lanes();
+  const int64_t kh = kernel_row % kernel.height - shape_.before.height;
+  std::vector<Factors<A>> factors;
+  for (int64_t tap = shape_.first_tap(); tap <= shape_.last_tap(); ++tap) {
+    const int64_t kw = tap - shape_.before.width, begin = std::max<int64_t>(0, -kw), end = std::min(size.width, size.width - kw);
+    factors.clear();
+    for (int64_t row = 0; row < size.rows(); ++row) {
+      const int64_t depth = row / size.height + kd, y = row % size.height + kh;
+      if (depth >= 0 && depth < size.depth && y >= 0 && y < size.height) {
+        factors.push_back({input + (shape_.frame.pixel(depth, y) + begin + kw) * shape_.in.pixel,
+                           gradient + (shape_.frame.pixel(row) + begin) * shape_.out.pixel + first_lane_ + panel.channel});
+      }
+    }
+    multiply(factors.data(), static_cast<int64_t>(factors.size()), end - begin, lanes, panel.blocks,
+             {1, shape_.in.pixel, shape_.out.pixel, columns_},
+             sums + (kernel_row * kernel.width + tap) * lanes * columns_ + panel.channel, true);
+  }
+}
+
 // A panel, over all rows of the kernel. A tap's pairs begin at even or at odd pixels: the frame is rounded for both.
 template <class A>
-void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] const A* const* inputs,
-                              [[maybe_unused]] const A* const* gradients, [[maybe_unused]] int64_t frames,
+void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] const Factor* inputs,
+                              [[maybe_unused]] const Factor* gradients, [[maybe_unused]] int64_t frames,
                               [[maybe_unused]] A* sums, [[maybe_unused]] A* scratch) const {
   if constexpr (std::is_same_v<A, float>) {
     const Frame& frame = shape_.frame;
@@ -180,16 +210,27 @@ void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] co
     auto* const x = reinterpret_cast<uint32_t*>(scratch);
     uint32_t* const dy = x + rows.frames * size.rows() * x_row;
     std::vector<PairFactors> factors;
-    for (int64_t begin = 0; begin < frames; begin += rows.frames) {
-      const int64_t count = std::min(rows.frames, frames - begin) * size.rows();
+    for (int64_t begin = 0, end; begin < frames; begin = end) {
+      end = begin;
+      if (!inputs[begin].finite_with(gradients[begin])) {
+        for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
+          exactly(kernel_row, panel, inputs[begin].frame, gradients[begin].frame, sums);
+        }
+        end = begin + 1;
+        continue;
+      }
+      while (end < std::min(frames, begin + rows.frames) && inputs[end].finite_with(gradients[end])) {
+        ++end;
+      }
+      const int64_t count = (end - begin) * size.rows();
       for (int64_t i = 0; i < count; ++i) {
         const int64_t f = begin + i / size.rows(), pixel = frame.pixel(i % size.rows());
         for (int64_t odd = 0; odd < rows.phases; ++odd) {
           const int64_t from = left + odd;
-          run<RoundPairs>(inputs[f] + (pixel + from) * shape_.in.pixel, shape_.in.pixel, frame.width - frame.left - from,
+          run<RoundPairs>(inputs[f].frame + (pixel + from) * shape_.in.pixel, shape_.in.pixel, frame.width - frame.left - from,
                           x + i * x_row + odd * phase, rows.pairs, lanes);
         }
-        run<RoundPairs>(gradients[f] + pixel * shape_.out.pixel + first_lane_ + panel.channel, shape_.out.pixel, size.width,
+        run<RoundPairs>(gradients[f].frame + pixel * shape_.out.pixel + first_lane_ + panel.channel, shape_.out.pixel, size.width,
                         dy + i * dy_row, rows.out_pairs, width);
       }
       for (int64_t kernel_row = 0; kernel_row < kernel.rows(); ++kernel_row) {
@@ -215,31 +256,115 @@ void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] co
 // A square of sums, some rows of tiles of a frame at a time.
 template <class A>
 template <int M>
-void WeightGradient<A>::winograd(int64_t unit, const A* const* inputs, const A* const* gradients, int64_t frames, A* sums,
-                                 A* scratch) const {
+void WeightGradient<A>::winograd(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums,
+                                 A* scratch) {
   const Frame& frame = shape_.frame;
+  const Square square = square_of(task);
   const int64_t across = tiles(frame.size.width, M), down = tiles(frame.size.height, M), pixel = shape_.out.pixel;
-  const int64_t k = unit / squares(columns_) * kSquare, column = unit % squares(columns_) * kSquare;
-  const int64_t lanes = std::min(kSquare, shape_.block_lanes() - k), width = std::min(kSquare, columns_ - column);
   const int64_t rows = std::max<int64_t>(1, most_tiles(M) / across), blocks = panel_blocks<A>();
   for (int64_t row = 0; row < frames * down; row += rows) {  // through all frames
     const int64_t count = std::min(rows, frames * down - row) * across;
-    const int64_t x_plane = plane_size(count, lanes), dy_plane = plane_size(count, width);
+    const int64_t x_plane = plane_size(count, square.lanes), dy_plane = plane_size(count, square.columns);
     A *x = scratch, *dy = scratch + products(M) * x_plane;
     for (int64_t i = 0; i < count / across; ++i) {
       const int64_t f = (row + i) / down, y = M * ((row + i) % down);
-      shape_.template transform_inputs<A, M>(inputs[f], y, k, lanes, x + i * across * lanes, x_plane);
-      run<winograd::Gradient<A, M>>(gradients[f] + frame.pixel(0, y) * pixel + first_lane_ + column, frame.width * pixel,
-                                 pixel, dy + i * across * width, dy_plane, across, width);
+      A *x_row = x + i * across * square.lanes, *dy_row = dy + i * across * square.columns;
+      shape_.template transform_inputs<A, M>(inputs[f].frame, y, square.lane, square.lanes, x_row, x_plane);
+      run<winograd::Gradient<A, M>>(gradients[f].frame + frame.pixel(0, y) * pixel + first_lane_ + square.column,
+                                    frame.width * pixel, pixel, dy_row, dy_plane, across, square.columns);
+      const bool none = small(inputs[f].magnitudes.largest, gradients[f].magnitudes.largest, inputs[f], gradients[f]);
+      for (int64_t tile = 0; !none && tile < across; ++tile) {
+        if (has_outlier(square, inputs[f], gradients[f], y, tile * M)) {
+          exactly(task, inputs[f].frame, gradients[f].frame, y, tile * M);
+          for (int64_t product = 0; product < products(M); ++product) {
+            std::fill_n(x_row + product * x_plane + tile * square.lanes, square.lanes, A(0));
+            std::fill_n(dy_row + product * dy_plane + tile * square.columns, square.columns, A(0));
+          }
+        }
+      }
     }
     for (int64_t product = 0; product < products(M); ++product) {
-      for (int64_t n = 0; n < width; n += blocks * kColumns) {
+      for (int64_t n = 0; n < square.columns; n += blocks * kColumns) {
         const Factors<A> factors{x + product * x_plane, dy + product * dy_plane + n};
-        multiply(&factors, 1, count, lanes, std::min(blocks, (width - n) / kColumns), {1, lanes, width, kSquare},
-                 sums + product * kSquare * kSquare + n, true);
+        multiply(&factors, 1, count, square.lanes, std::min(blocks, (square.columns - n) / kColumns),
+                 {1, square.lanes, square.columns, kSquare}, sums + product * kSquare * kSquare + n, true);
       }
     }
   }
+}
+
+template <class A>
+typename WeightGradient<A>::Square WeightGradient<A>::square_of(int64_t task) const {
+  const int64_t unit = task % units_, across = squares(columns_);
+  const int64_t lane = unit / across * kSquare, column = unit % across * kSquare;
+  return {lane, std::min(kSquare, shape_.block_lanes() - lane), column, std::min(kSquare, columns_ - column)};
+}
+
+// Whether factors of these magnitudes put no weight's gradient off by more than 1e-5 of what it sums, in float32.
+template <class A>
+bool WeightGradient<A>::small(A x, A dy, const Factor& input, const Factor& gradient) const {
+  constexpr A kRatio = 4;  // measured: kernels/README.md
+  const A sum = pixels_ * input.magnitudes.usual * gradient.magnitudes.usual;
+  return x <= kMost<A> && dy <= kMost<A> && x * dy <= kRatio * sum;
+}
+
+template <class A>
+bool WeightGradient<A>::has_outlier(const Square& square, const Factor& input, const Factor& gradient, int64_t row,
+                                    int64_t column) const {
+  const Frame& frame = shape_.frame;
+  const Blocks blocks(shape_.kernel);
+  A x = 0, dy = 0;
+  const auto look = [](A& largest, const A* at, int64_t pitch, int64_t pixels, int64_t lanes) {
+    A found;
+    run<Reduce<A, Magnitude<A>>>(at, pitch, pixels, lanes, &found);
+    largest = Magnitude<A>::join(largest, found);
+  };
+  shape_.each_run(square.lane, square.lanes, [&](int64_t block, int64_t channel, int64_t n, int64_t) {
+    for (int64_t y = 0; y < tile_ + 2; ++y) {
+      const int64_t pixel = frame.pixel(0, row + y + blocks.row(block) - shape_.before.height) + column + blocks.column(block);
+      look(x, input.frame + (pixel - shape_.before.width) * shape_.in.pixel + channel, shape_.in.pixel, tile_ + 2, n);
+    }
+  });
+  for (int64_t y = 0; y < tile_; ++y) {
+    look(dy, gradient.frame + (frame.pixel(0, row + y) + column) * shape_.out.pixel + first_lane_ + square.column,
+         shape_.out.pixel, tile_, square.columns);
+  }
+  return x != 0 && dy != 0 && !small(x, dy, input, gradient);
+}
+
+// No tap reads the zeros around the frame.
+template <class A>
+void WeightGradient<A>::exactly(int64_t task, const A* input, const A* gradient, int64_t row, int64_t column) {
+  const Frame& frame = shape_.frame;
+  const Size& size = frame.size;
+  const Blocks blocks(shape_.kernel);
+  const Square square = square_of(task);
+  if (exact_[task].data() == nullptr) {
+    exact_[task] = Buffer<A>(kExact);
+    std::fill_n(exact_[task].data(), kExact, A(0));
+  }
+  const int64_t last_row = std::min(size.height, row + tile_), last_column = std::min(size.width, column + tile_);
+  std::vector<Factors<A>> factors;
+  shape_.each_run(square.lane, square.lanes, [&](int64_t block, int64_t channel, int64_t n, int64_t offset) {
+    for (int64_t place = 0; place < 9; ++place) {
+      const int64_t down = blocks.row(block) + place / 3 - shape_.before.height;
+      const int64_t right = blocks.column(block) + place % 3 - shape_.before.width;
+      const int64_t begin = std::max(column, -right), end = std::min(last_column, size.width - right);
+      factors.clear();
+      for (int64_t y = std::max(row, -down); begin < end && y < std::min(last_row, size.height - down); ++y) {
+        factors.push_back({input + (frame.pixel(0, y + down) + begin + right) * shape_.in.pixel + channel,
+                           gradient + (frame.pixel(0, y) + begin) * shape_.out.pixel + first_lane_ + square.column});
+      }
+      A* to = exact_[task].data() + (place * kSquare + offset) * kSquare;
+      for (int64_t panel = 0; !factors.empty() && panel < square.columns / kColumns; ++panel) {
+        multiply(factors.data(), static_cast<int64_t>(factors.size()), end - begin, n, 1,
+                 {1, shape_.in.pixel, shape_.out.pixel, kSquare}, to + panel * kColumns, true);
+        for (Factors<A>& factor : factors) {
+          factor.b += kColumns;
+        }
+      }
+    }
+  });
 }
 
 template <class A>
@@ -251,6 +376,18 @@ const A* WeightGradient<A>::sums_at(int64_t k, int64_t column, int64_t& plane) c
   }
   plane = shape_.in.lanes() * columns_;
   return sums_.data() + k * columns_ + column;
+}
+
+// Adds what tiles with outliers gave to kColumns weights of a block's lane, to each tap of the block.
+template <class A>
+void WeightGradient<A>::add_exact(int64_t lane, int64_t column, A* of_block) const {
+  const int64_t unit = lane / kSquare * squares(columns_) + column / kSquare;
+  for (int64_t task = unit; task < tasks(); task += units_) {
+    const A* exact = exact_[task].data();
+    for (int64_t i = 0; exact != nullptr && i < 9 * kColumns; ++i) {
+      of_block[i] += exact[(i / kColumns * kSquare + lane % kSquare) * kSquare + column % kSquare + i % kColumns];
+    }
+  }
 }
 
 // The sums of all groups, in the place of the first one's: along memory, where walking it by weights would miss the TLB.
@@ -295,6 +432,7 @@ void WeightGradient<A>::write(const Weights<T>& weights) {
             } else {
               run<winograd::WeightGradient<A, 4>>(sums, plane, of_block.data(), kColumns);
             }
+            add_exact(block * shape_.in.lanes() + k, column, of_block.data());
             blocks.each_tap(block, [&](int64_t tap, int64_t place) {
               std::copy_n(&of_block[place * kColumns], kColumns, &found[tap * kColumns]);
             });

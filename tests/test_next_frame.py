@@ -14,8 +14,10 @@ from PIL import Image
 
 from examples import next_frame
 from examples.moving_digits import write_video
-from examples.next_frame import RNNS, Clips, DataConfig, ModelConfig, Predictor, quality, stream
+from examples.next_frame import RNNS, Clips, DataConfig, ModelConfig, Predictor, quality, read_parts, stream
 from examples.training import exit_code
+
+from .odd_videos import four_quadrants, write_phone_video
 
 pytestmark = pytest.mark.compiled
 SMALL = ["--short-side", 32, "--crop", 16, "--frames", 4, "--channels", 8, "--layers", 1, "--batch-size", 4]
@@ -62,6 +64,13 @@ def test_the_stream_equals_all_frames_at_once(rnn):
 def test_untrained_it_copies_the_last_frame():
     frames = torch.rand(1, 3, 3, 8, 8)
     assert torch.equal(Predictor(ModelConfig("gru_rcn", 4, 1))(frames)[0], frames)
+
+
+def test_a_phone_video_is_turned_as_players_show_it(tmp_path):
+    write_phone_video(tmp_path / "phone.mp4", (0, 1, -1, 0), four_quadrants(48, 64), frames=30)
+    training, *_ = read_parts(DataConfig(str(tmp_path / "phone.mp4"), short_side=32, frames=2, crop=16))
+    assert training.shape[1:] == (3, 42, 32)
+    assert abs(training[0, 0, 4:16, 4:12].float().mean() - 60) < 3  # was at the bottom, left
 
 
 def test_clips_stay_inside_the_part():

@@ -7,11 +7,11 @@ import math
 import os
 import random
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import safetensors
@@ -22,12 +22,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 __all__ = [
+    "BEST",
+    "LAST",
     "Interrupted",
     "MetricsLog",
     "UserError",
     "add_run_options",
     "command",
     "exit_code",
+    "find_checkpoint",
+    "from_json",
     "learning_rate_factor",
     "load_checkpoint",
     "load_config",
@@ -42,6 +46,7 @@ __all__ = [
     "write_text",
 ]
 
+BEST, LAST = "best.safetensors", "last.safetensors"
 # UTF-32's mark begins with UTF-16's.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -157,17 +162,31 @@ def reserve(folder: Path, size: int) -> None:
         raise UserError(f"{folder} cannot hold {size / 1e6:.0f} MB of checkpoints: {error.strerror}") from error
 
 
-def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> Callable[..., Any]:
-    """Add a command to what ``add_subparsers`` gave; returns the function that adds its options."""
+def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> ArgumentParser:
+    """Add a command to what ``add_subparsers`` gave; returns its parser."""
     sub = commands.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
     sub.set_defaults(function=function)
-    return sub.add_argument
+    return sub
 
 
-def add_run_options(add: Any, run: Path) -> None:
-    """The options of all commands that use a trained model."""
-    add("--run", type=Path, default=run, help="folder of the run that was trained")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+def add_run_options(parser: ArgumentParser, run: Path, *, positional: bool = True) -> None:
+    """The options of all commands that use a trained model; with `positional` its checkpoint may be an argument too."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--run", type=Path, default=run, help="folder of a trained run, or a checkpoint in it")
+    if positional:
+        group.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="the same as --run")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def find_checkpoint(args: Namespace) -> Path:
+    """The checkpoint that the options of add_run_options name: a file, or the best one in the folder of a run."""
+    chosen: Path = getattr(args, "checkpoint", None) or args.run
+    path = chosen / BEST if chosen.is_dir() or not chosen.suffix else chosen
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train first, or name another folder with --run")
+    if not (path.parent / "config.json").is_file():
+        raise UserError(f"{path} is not a checkpoint in the folder of a run: there is no config.json beside it")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -208,14 +227,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return _json_object(read_text(path), str(path))
 
 
+def from_json(cls: type[Built], values: Any) -> Built:
+    """A dataclass of numbers, words and switches from a JSON object; TypeError where their types differ."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{cls.__name__} must be an object, got {values!r}")
+    for name, kind in get_type_hints(cls).items():
+        allowed = (int, float) if kind is float else (kind,)
+        if name in values and type(values[name]) not in allowed:
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {values[name]!r}")
+    return cls(**values)
+
+
 def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) -> Built:
     """What `build` makes of the config.json in the folder of a run, which must be that of a `kind`."""
     path = run / "config.json"
     saved = read_json(path)
     try:
         return build(saved)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of {kind}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path} is not the configuration of {kind}: {reason}") from error
 
 
 class MetricsLog:

@@ -12,8 +12,9 @@ for _name in ("av", "safetensors", "sklearn", "tqdm"):
 
 from examples import videos
 from examples.moving_digits import write_video
-from examples.training import MetricsLog, UserError, read_json, read_text
-from examples.videos import index_videos, read_lists
+from examples.training import MetricsLog, UserError, from_json, load_config, read_json, read_text
+from examples.video_training import RunConfig
+from examples.videos import ClipConfig, index_videos, read_lists
 
 pytestmark = pytest.mark.compiled
 LISTS = {"classInd.txt": "1 A\n2 B\n", "trainlist01.txt": "A/v.avi 1\n", "testlist01.txt": "B/v.avi\n"}
@@ -150,6 +151,37 @@ def test_a_dataset_file_of_another_kind_is_named(tmp_path, text):
         read_lists(tmp_path, 1)
     (tmp_path / "dataset.json").write_bytes(encoded('{"flip_changes_class": true}', "utf-16"))
     assert read_lists(tmp_path, 1).flip_changes_class
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: [saved], "does not hold a JSON object"),
+        (lambda saved: {}, "is not the configuration of a video classifier: it lacks 'model'"),
+        (lambda saved: saved | {"model": [1]}, r"ModelConfig must be an object, got \[1\]"),
+        (lambda saved: saved | {"clip": {"frames": "10"}}, "frames must be of type int, got '10'"),
+        (lambda saved: saved | {"clip": {"frames": True}}, "frames must be of type int, got True"),
+        (lambda saved: saved | {"clip": {"fps": 10}}, "unexpected keyword argument 'fps'"),
+        (lambda saved: saved | {"classes": "AB"}, "classes must be a list of 2 names"),
+        (lambda saved: saved | {"classes": ["A"]}, "classes must be a list of 2 names"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_named(tmp_path, change, message):
+    names = dict.fromkeys(("videos", "lists"), "x")
+    numbers = dict.fromkeys(("fold", "epochs", "batch_size", "lr", "weight_decay", "seed"), 1)
+    saved = {"model": {"classes": 2}, "clip": {}, "train": names | numbers | {"flip": True, "val_fraction": 0.5}}
+    saved["classes"] = ["A", "B"]
+    (tmp_path / "config.json").write_bytes(encoded(json.dumps(saved), "utf-8-sig"))
+    assert load_config(tmp_path, "a video classifier", RunConfig.from_json).train.fold == 1
+    (tmp_path / "config.json").write_text(json.dumps(change(saved)))
+    with pytest.raises(UserError, match=rf"config.json .*{message}"):
+        load_config(tmp_path, "a video classifier", RunConfig.from_json)
+
+
+def test_from_json_takes_whole_numbers_for_real_ones():
+    assert from_json(ClipConfig, {"frames": 3}) == ClipConfig(frames=3)
+    with pytest.raises(TypeError, match="resize must be of type int, got 40.0"):
+        from_json(ClipConfig, {"resize": 40.0})
 
 
 def test_metrics_that_are_none_are_named(tmp_path):

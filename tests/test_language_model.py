@@ -128,7 +128,7 @@ def test_text_that_is_none(tmp_path, capsys):
         err = capsys.readouterr().err
         assert said in err and str(tmp_path / name) in err and err.count("\n") == 1
     assert command("sample", "--run", tmp_path) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "there is no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -138,6 +138,28 @@ def test_texts_as_editors_save_them(tmp_path, encoding, end):
     (tmp_path / "text").write_bytes(f"\u00e9t\u00e9{end}x{end}".encode(encoding))
     assert language_model.training_text(tmp_path / "text") == "\u00e9t\u00e9\nx\n"
     assert len(language_model.training_text(None)) > 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [1]}, "is not the configuration of a language model"),
+        ({"tokens": {"bpe": None, "alphabet": None}}, "is not the configuration of a language model"),
+        ({"tokens": {"bpe": None, "alphabet": "abc"}}, "the model knows 2 tokens and the tokenizer 3"),
+        ({"model": {"layers": "2"}}, "layers must be of type int, got '2'"),
+        ({"model": {"layers": 2}}, "missing 4 required positional arguments"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_named(tmp_path, capsys, change, message):
+    model = {"vocabulary": 2, "features": 4, "state": 4, "layers": 1, "dropout": 0}
+    saved = {"model": model, "tokens": {"bpe": None, "alphabet": "ab"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved | change))
+    (tmp_path / "best.safetensors").touch()
+    assert command("sample", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "config.json" in err and message in err and err.count("\n") == 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert command("sample", tmp_path) == 2 and "is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_alphabet():

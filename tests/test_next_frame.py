@@ -41,7 +41,7 @@ def video(tmp_path_factory) -> Path:
 def test_it_beats_copying_the_last_frame(video, tmp_path, rnn, capsys):
     options = ["train", "--video", video, "--rnn", rnn, "--run", tmp_path, "--device", "cpu", *SMALL]
     assert command(*options, "--steps", 60, "--interval", 30, "--lr", 0.01) == 0
-    assert command("test", "--run", tmp_path, "--device", "cpu") == 0
+    assert command("test", tmp_path / "best.safetensors", "--device", "cpu") == 0
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["test_psnr"] > row["copy_psnr"] + 3 and row["test_ssim"] > row["copy_ssim"]
     assert "live stream" in capsys.readouterr().out

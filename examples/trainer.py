@@ -27,6 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from examples.training import (
+    BEST,
+    LAST,
     Interrupted,
     MetricsLog,
     UserError,
@@ -42,9 +44,8 @@ from examples.training import (
     write_text,
 )
 
-__all__ = ["BEST", "LAST", "Plan", "Processes", "Samples", "Trainer", "add_training_options", "check_run"]
+__all__ = ["Plan", "Processes", "Samples", "Trainer", "add_training_options", "check_run"]
 
-BEST, LAST = "best.safetensors", "last.safetensors"
 STRATEGIES = ("ddp", "fsdp2")
 
 # (model, batch) -> metrics of each sample, (n,): "loss", whose mean is trained on, and any others, such as "accuracy"
@@ -362,6 +363,8 @@ def check_run(args: argparse.Namespace, config: dict[str, Any], may_change: tupl
         started = read_json(args.run / "config.json")
         for part, now in config.items():
             then = started.get(part)
+            if isinstance(now, dict) and not isinstance(then, dict):
+                raise UserError(f"{args.run} holds a run of another kind: its config.json lacks {part!r}")
             pairs = [(k, then.get(k), v) for k, v in now.items()] if isinstance(now, dict) else [(part, then, now)]
             for name, old, new in pairs:
                 if name not in may_change and new != old:

@@ -1,15 +1,17 @@
 """What every program needs: seeds, device, learning rate, metrics, progress, checkpoints and clear errors."""
 
+import codecs
+import io
 import json
 import math
 import os
 import random
 import sys
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import safetensors
@@ -20,12 +22,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 __all__ = [
+    "BEST",
+    "LAST",
     "Interrupted",
     "MetricsLog",
     "UserError",
     "add_run_options",
     "command",
     "exit_code",
+    "find_checkpoint",
+    "from_json",
     "learning_rate_factor",
     "load_checkpoint",
     "load_config",
@@ -33,11 +39,22 @@ __all__ = [
     "pick_device",
     "progress",
     "read_json",
+    "read_text",
     "reserve",
     "save_checkpoint",
     "seed_everything",
     "write_text",
 ]
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+# UTF-32's mark begins with UTF-16's.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 Built = TypeVar("Built")
 
@@ -56,6 +73,9 @@ class Interrupted(Exception):
 
 def exit_code(program: Callable[[], int | None]) -> int:
     """Run `program`; what the user or the machine did wrong becomes one line on stderr and an exit code above 0."""
+    # Names of files and texts hold characters that a terminal's encoding may lack.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return program() or 0
     # An OSError, such as a full disk or a folder that cannot be written, says in its message which file it is about.
@@ -142,17 +162,31 @@ def reserve(folder: Path, size: int) -> None:
         raise UserError(f"{folder} cannot hold {size / 1e6:.0f} MB of checkpoints: {error.strerror}") from error
 
 
-def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> Callable[..., Any]:
-    """Add a command to what ``add_subparsers`` gave; returns the function that adds its options."""
+def command(commands: Any, name: str, function: Callable[[Any], Any], text: str) -> ArgumentParser:
+    """Add a command to what ``add_subparsers`` gave; returns its parser."""
     sub = commands.add_parser(name, help=text, description=text, formatter_class=ArgumentDefaultsHelpFormatter)
     sub.set_defaults(function=function)
-    return sub.add_argument
+    return sub
 
 
-def add_run_options(add: Any, run: Path) -> None:
-    """The options of all commands that use a trained model."""
-    add("--run", type=Path, default=run, help="folder of the run that was trained")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+def add_run_options(parser: ArgumentParser, run: Path, *, positional: bool = True) -> None:
+    """The options of all commands that use a trained model; with `positional` its checkpoint may be an argument too."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--run", type=Path, default=run, help="folder of a trained run, or a checkpoint in it")
+    if positional:
+        group.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="the same as --run")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def find_checkpoint(args: Namespace) -> Path:
+    """The checkpoint that the options of add_run_options name: a file, or the best one in the folder of a run."""
+    chosen: Path = getattr(args, "checkpoint", None) or args.run
+    path = chosen / BEST if chosen.is_dir() or not chosen.suffix else chosen
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train first, or name another folder with --run")
+    if not (path.parent / "config.json").is_file():
+        raise UserError(f"{path} is not a checkpoint in the folder of a run: there is no config.json beside it")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -161,14 +195,47 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in the encoding that its byte order mark names; without the mark, lines ending in \\n."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name, reason = encoding.removesuffix("-sig").upper(), f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not text in {name}, {reason}: save it as UTF-8") from error
+    if "\0" in text:  # every other byte of English in UTF-16
+        raise UserError(f"{path} holds null characters, as text in UTF-16 without a byte order mark: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where} does not hold a JSON object, but {text.strip()[:20]!r}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return _json_object(read_text(path), str(path))
+
+
+def from_json(cls: type[Built], values: Any) -> Built:
+    """A dataclass of numbers, words and switches from a JSON object; TypeError where their types differ."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{cls.__name__} must be an object, got {values!r}")
+    for name, kind in get_type_hints(cls).items():
+        allowed = (int, float) if kind is float else (kind,)
+        if name in values and type(values[name]) not in allowed:
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {values[name]!r}")
+    return cls(**values)
 
 
 def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) -> Built:
@@ -177,8 +244,9 @@ def load_config(run: Path, kind: str, build: Callable[[dict[str, Any]], Built]) 
     saved = read_json(path)
     try:
         return build(saved)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of {kind}: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path} is not the configuration of {kind}: {reason}") from error
 
 
 class MetricsLog:
@@ -196,8 +264,8 @@ class MetricsLog:
         """All rows so far, oldest first; without the last one if a killed process left it half written."""
         if not self.path.exists():
             return []
-        *whole, _ = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in whole]
+        *whole, _ = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_json_object(line, f"{self.path}, line {number}") for number, line in enumerate(whole, start=1)]
 
     def append(self, **row: Any) -> None:
         """Add a row; it is in the file when the call returns."""

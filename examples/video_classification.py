@@ -18,22 +18,25 @@ import torch
 from torch import Tensor
 
 from examples import moving_digits, pictures
-from examples.trainer import BEST, add_training_options
+from examples.trainer import add_training_options
 from examples.training import (
     MetricsLog,
     UserError,
     add_run_options,
     command,
     exit_code,
+    find_checkpoint,
     load_checkpoint,
+    load_config,
     pick_device,
     progress,
 )
+from examples.video_files import Video, probe
 from examples.video_model import BACKBONES, RNNS, VideoClassifier
-from examples.video_training import RunConfig, can_flip, read_videos, train
-from examples.videos import Frames, Video, probe, read_lists, views
+from examples.video_training import DATA, VARIABLES, RunConfig, can_flip, data_folders, read_videos, train
+from examples.videos import Frames, SplitLists, read_lists, views
 
-DATA, RUN = Path("data/moving_digits"), Path("runs/moving_digits")
+RUN = Path("runs/moving_digits")
 STRIP_ROWS, STRIP_FRAMES = 8, 8
 
 
@@ -46,19 +49,23 @@ def make_data(args: argparse.Namespace) -> None:
 
 
 class TrainedRun:
-    """The best model of a run and how it judges a video: many views, each a clip with a voice.
+    """A model of a run and how it judges a video: many views, each a clip with a voice.
 
     Args:
-        args: run, device, clips, crops and batch_size of the command line.
+        args: checkpoint or run, device, clips, crops and batch_size of the command line.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        def build(saved: dict[str, Any]) -> tuple[RunConfig, VideoClassifier]:
+            config = RunConfig.from_json(saved)
+            return config, VideoClassifier(config.model)
+
         self.device = pick_device(args.device)
-        if not (args.run / BEST).is_file():
-            raise UserError(f"there is no checkpoint {args.run / BEST}: train first, or name another folder with --run")
-        self.config = RunConfig.load(args.run)
-        self.model = VideoClassifier(self.config.model).to(self.device).eval()
-        load_checkpoint(args.run / BEST, self.model, self.device)
+        checkpoint = find_checkpoint(args)
+        self.folder = checkpoint.parent
+        self.config, model = load_config(self.folder, "a video classifier", build)
+        self.model = model.to(self.device).eval()
+        load_checkpoint(checkpoint, self.model, self.device)
         self.clips, self.crops, self.batch_size = args.clips, args.crops, args.batch_size
 
     @torch.inference_mode()
@@ -69,15 +76,29 @@ class TrainedRun:
         return torch.cat(batches)
 
 
+def read_test_lists(run: TrainedRun, folder: Path, fold: int | None) -> SplitLists:
+    """The lists to test on, which must be of the run's classes and name no video that it was trained on."""
+    trained = run.config.train
+    lists = read_lists(folder, fold or trained.fold)
+    if lists.classes != run.config.classes:
+        raise UserError(f"{run.folder} was trained on other classes than {folder}/classInd.txt lists: name its --lists")
+    if fold not in (None, trained.fold):
+        seen = set(lists.test) & set(read_lists(folder, trained.fold).train)
+        if seen:
+            raise UserError(
+                f"{run.folder} was trained on fold {trained.fold}, "
+                f"and so on {len(seen)} of the {len(lists.test)} test videos of --fold {fold}"
+            )
+    return lists
+
+
 def test(args: argparse.Namespace) -> None:
     """The command 'test': the paper's protocol, by averaged probabilities and by majority vote."""
     run = TrainedRun(args)
     classes, trained = run.config.classes, run.config.train
-    list_folder = args.lists or Path(trained.lists)
-    lists = read_lists(list_folder, trained.fold)
-    if lists.classes != classes:
-        raise UserError(f"{args.run} was trained on other classes than {list_folder}/classInd.txt lists")
-    videos = read_videos(args.videos or Path(trained.videos), lists.test, args.index, "test")
+    video_folder, list_folder = data_folders(args, Path(trained.videos), Path(trained.lists))
+    lists = read_test_lists(run, list_folder, args.fold)
+    videos = read_videos(video_folder, lists.test, args.index, "test")
     frames = Frames(videos, run.config.clip.resize, args.memory_mb << 20)
     flip = can_flip(args.flip, lists)
     means, votes = [], []
@@ -89,16 +110,16 @@ def test(args: argparse.Namespace) -> None:
     labels = torch.tensor([video.label for video in videos])
     by_average = (mean.argmax(dim=1) == labels).double().mean().item()
     by_vote = (vote == labels).double().mean().item()
-    log = MetricsLog(args.run / "metrics.jsonl")
+    log = MetricsLog(run.folder / "metrics.jsonl")
     log.append(test_videos=len(videos), test_accuracy_average=by_average, test_accuracy_vote=by_vote)
 
     title = f"{len(videos)} test videos, {by_average:.1%} right (chance {1 / len(classes):.1%})"
     counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(counts, (labels.numpy(), mean.argmax(dim=1).numpy()), 1)
-    pictures.confusion_matrix(counts, classes, title, args.run / "confusion.png")
-    pictures.prediction_strip(strip_samples(run.config, videos, mean, frames), title, args.run / "predictions.png")
-    print(f"confusion matrix: {args.run / 'confusion.png'}")
-    print(f"frames and predictions: {args.run / 'predictions.png'}")
+    pictures.confusion_matrix(counts, classes, title, run.folder / "confusion.png")
+    pictures.prediction_strip(strip_samples(run.config, videos, mean, frames), title, run.folder / "predictions.png")
+    print(f"confusion matrix: {run.folder / 'confusion.png'}")
+    print(f"frames and predictions: {run.folder / 'predictions.png'}")
     print(
         f"{args.clips} clips x {args.crops} crops{' x 2 sides' if flip else ', no flips'} of {len(videos)} videos: "
         f"test accuracy {by_average:.2%} by average, {by_vote:.2%} by majority vote"
@@ -143,7 +164,8 @@ def demo(args: argparse.Namespace) -> None:
     data = ["--videos", f"{args.data}/videos", "--lists", f"{args.data}/lists"]
     common = ["--run", str(args.run), "--device", args.device]
     seed = ["--seed", str(args.seed)]
-    commands = [["train", *data, *common, *seed, "--overwrite"], ["test", *common]]
+    # The data are named to test too, or the environment could name others.
+    commands = [["train", *data, *common, *seed, "--overwrite"], ["test", *data, *common]]
     if not (args.data / "lists" / "dataset.json").exists():
         commands.insert(0, ["make-data", "--out", str(args.data), *seed])
     for words in commands:
@@ -170,15 +192,17 @@ def parser() -> argparse.ArgumentParser:
     def memory(add: Any) -> None:
         add("--memory-mb", type=int, default=2048, help="keep decoded videos in memory if they fit in this many MiB")
 
-    def running(add: Any) -> None:
-        add_run_options(add, RUN)
+    def judging(add: Any) -> None:
         add("--batch-size", type=number, default=25, help="clips at a time")
         memory(add)
 
-    def reading(add: Any, videos: Path | None, lists: Path | None) -> None:
-        whose = "" if videos else "; None: those of the run"
-        add("--videos", type=Path, default=videos, help=f"folder of the class folders, such as UCF-101{whose}")
-        add("--lists", type=Path, default=lists, help=f"folder of the split files, such as ucfTrainTestlist{whose}")
+    def reading(add: Any, videos: Path | str, lists: Path | str) -> None:
+        for name, folder, otherwise in (
+            ("videos", "folder of the class folders, such as UCF-101", videos),
+            ("lists", "folder of the split files, such as ucfTrainTestlist", lists),
+        ):
+            told = f"{folder}; None: ${VARIABLES[name]}, or, where that is not set, {otherwise}"
+            add(f"--{name}", type=Path, help=told)
         add("--index", type=Path, help="cache of the videos' lengths; None: index.json in the folder of the videos")
         add("--no-flip", dest="flip", action="store_false", help="no mirrored clips (moving digits: never any)")
 
@@ -186,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         add("--clips", type=number, default=25, help="evenly spaced clips of a video that vote")
         add("--crops", type=int, choices=(1, 5), default=5, help="crops of a clip: the centre, or the corners too")
 
-    add = command(commands, "make-data", make_data, f"Write moving digits. {moving_digits.DESCRIPTION}")
+    add = command(commands, "make-data", make_data, f"Write moving digits. {moving_digits.DESCRIPTION}").add_argument
     add("--out", type=Path, default=DATA, help="folder to write videos/ and lists/ to")
     add("--groups", type=number, default=25, help="groups of a class; a fold tests 7 of 25")
     add("--clips", type=number, default=5, help="videos of a group, each with a handwritten digit of its own")
@@ -194,11 +218,11 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=number, default=40, help="height and width, in pixels")
     add("--seed", type=int, default=0, help="of digits and motions")
 
-    add = command(commands, "train", train, "Train on the training list of a fold.")
+    add = command(commands, "train", train, "Train on the training list of a fold.").add_argument
     add_training_options(add, RUN, batch_size=16, lr=6e-3, weight_decay=0.01)
     memory(add)
     reading(add, DATA / "videos", DATA / "lists")
-    add("--fold", type=number, default=1, help="1, 2 or 3")
+    add("-f", "--fold", type=number, default=1, help="1, 2 or 3")
     add("--rnn", choices=RNNS, default="gru_rcn", help="recurrent layer of each level")
     add("--bidirectional", action="store_true", help="read clips backwards too")
     add("--backbone", choices=BACKBONES, default="small", help="image network; vgg16 needs torchvision")
@@ -213,18 +237,24 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=number, default=20, help="passes over the videos, a random clip of each")
     add("--val-fraction", type=float, default=0.1, help="share of the groups of each class to validate on")
 
-    add = command(commands, "test", test, "Test on the test list of the run's fold, as the paper does.")
-    running(add)
-    reading(add, None, None)
+    tested = command(commands, "test", test, "Test on the test list of a fold, as the paper does.")
+    add_run_options(tested, RUN)
+    add = tested.add_argument
+    judging(add)
+    reading(add, "those of the run", "those of the run")
+    add("-f", "--fold", type=number, help="1, 2 or 3; None: that of the run")
     voting(add)
 
-    add = command(commands, "predict", predict, "Print the likeliest classes of video files.")
-    add("files", type=Path, nargs="+", metavar="FILE", help="any video that FFmpeg reads")
-    running(add)
+    predicted = command(commands, "predict", predict, "Print the likeliest classes of video files.")
+    predicted.add_argument("files", type=Path, nargs="+", metavar="FILE", help="any video that FFmpeg reads")
+    add_run_options(predicted, RUN, positional=False)
+    add = predicted.add_argument
+    judging(add)
     voting(add)
     add("--top", type=number, default=3, help="classes to print")
 
-    add = command(commands, "demo", demo, "Make the data if missing, train, test, and show the paths of the pictures.")
+    about = "Make the data if missing, train, test, and show the paths of the pictures."
+    add = command(commands, "demo", demo, about).add_argument
     add("--data", type=Path, default=DATA, help="folder of the moving digits")
     add("--run", type=Path, default=RUN, help="folder of the run, replaced")
     add("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 
 from examples import pictures
 from examples.trainer import Plan, Processes, Trainer, check_run
-from examples.training import UserError, load_config, seed_everything
+from examples.training import UserError, from_json, seed_everything
+from examples.video_files import Video
 from examples.video_model import ModelConfig, VideoClassifier
-from examples.videos import ClipConfig, ClipDataset, Frames, SplitLists, Video, index_videos, read_lists, split_by_group
+from examples.videos import ClipConfig, ClipDataset, Frames, SplitLists, index_videos, read_lists, split_by_group
 
-__all__ = ["RunConfig", "can_flip", "read_videos", "train"]
+__all__ = ["DATA", "VARIABLES", "RunConfig", "can_flip", "data_folders", "read_videos", "train"]
+
+DATA = Path("data/moving_digits")
+# The environment variables that stand in for options; torch-mingru's example reads them too.
+VARIABLES = {"videos": "UCF101_PATH", "lists": "UCF101_ANNPATH"}
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,28 @@ class RunConfig:
     classes: list[str]
 
     @classmethod
-    def load(cls, run: Path) -> "RunConfig":
-        """The configuration of the run in a folder."""
+    def from_json(cls, saved: dict[str, Any]) -> "RunConfig":
+        """What config.json holds."""
+        model, clip = from_json(ModelConfig, saved["model"]), from_json(ClipConfig, saved["clip"])
+        classes = saved["classes"]
+        if not isinstance(classes, list) or len(classes) != model.classes:
+            raise TypeError(f"classes must be a list of {model.classes} names, got {classes!r}")
+        return cls(model, clip, from_json(TrainConfig, saved["train"]), classes)
 
-        def build(saved: dict[str, Any]) -> "RunConfig":
-            model, clip = ModelConfig(**saved["model"]), ClipConfig(**saved["clip"])
-            return cls(model, clip, TrainConfig(**saved["train"]), saved["classes"])
 
-        return load_config(run, "a run", build)
+def data_folders(args: argparse.Namespace, videos: Path, lists: Path) -> tuple[Path, Path]:
+    """The folders of the videos and of the lists: as the options say, else the environment, else as given here."""
+    chosen: dict[str, Path | None] = {name: getattr(args, name) for name in VARIABLES}
+    open_options = [name for name, option in chosen.items() if option is None]
+    set_here = [name for name in open_options if os.environ.get(VARIABLES[name])]
+    for name in set_here:
+        chosen[name] = Path(os.environ[VARIABLES[name]])
+        if not chosen[name].is_dir():
+            raise UserError(f"{VARIABLES[name]}={chosen[name]} is not a folder: correct the variable, or give --{name}")
+    if set_here and len(set_here) < len(open_options):  # one data set's videos do not go with another's lists
+        (other,) = set(open_options) - set(set_here)
+        raise UserError(f"{VARIABLES[set_here[0]]} is set and {VARIABLES[other]} is not: set both, or give --{other}")
+    return chosen["videos"] or videos, chosen["lists"] or lists
 
 
 def read_videos(folder: Path, listed: Sequence[tuple[str, int]], index: Path | None, kind: str) -> list[Video]:
@@ -81,6 +101,7 @@ def can_flip(wanted: bool, lists: SplitLists) -> bool:
 
 def train(args: argparse.Namespace) -> None:
     """The command 'train': everything it writes goes to the folder --run."""
+    args.videos, args.lists = data_folders(args, DATA / "videos", DATA / "lists")
     lists = read_lists(args.lists, args.fold)
     config = _config(args, lists)
     check_run(args, asdict(config))

@@ -1,17 +1,18 @@
-"""Videos in UCF101's layout: split lists, a cached index of the files, frames by index, clips and crops.
+"""Videos in UCF101's layout: split lists, a cached index of the files, clips and crops.
 
 The layout: VIDEOS/CLASS/NAME.avi, and a folder of lists with classInd.txt ('1 Class'), trainlist0N.txt
-('Class/name.avi 1') and testlist0N.txt ('Class/name.avi') for each fold N.
+('Class/name.avi 1') and testlist0N.txt ('Class/name.avi') for each fold N. Names may hold blanks.
 """
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,32 +20,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.augmentation import augment
-from examples.training import UserError, progress, read_json, write_text
+from examples.training import UserError, progress, read_json, read_text, write_text
+from examples.video_files import Video, probe, read_frames, scaled
 
 __all__ = [
     "ClipConfig",
     "ClipDataset",
     "Frames",
     "SplitLists",
-    "Video",
     "index_videos",
-    "probe",
-    "read_frames",
     "read_lists",
     "split_by_group",
     "views",
 ]
-
-
-@dataclass(frozen=True)
-class Video:
-    """A readable file, its class number from 0 (-1: unknown) and its length and size, in frames and pixels."""
-
-    path: Path
-    label: int
-    frames: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -79,87 +67,98 @@ class SplitLists:
     flip_changes_class: bool
 
 
-def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The non-empty lines of a list as ('FILE, line N', words)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the split file {path}: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", line.split()
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a list that are not blank, as ('FILE, line N', line)."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        # Lists that were put together from several files hold a byte order mark of each.
+        if line := line.removeprefix("\ufeff").strip():
+            yield f"{path}, line {number}", line
+
+
+def _read_classes(path: Path) -> dict[str, int]:
+    """Class names and their numbers from 0."""
+    numbers: dict[str, int] = {}
+    for where, line in _lines(path):
+        words = line.split(maxsplit=1)
+        if len(words) != 2 or words[0] != str(len(numbers) + 1):
+            raise UserError(f"{where}: expected '{len(numbers) + 1} CLASS', got {line!r}")
+        if words[1] in numbers:
+            raise UserError(f"{where}: class {words[1]!r} has number {numbers[words[1]] + 1} already")
+        numbers[words[1]] = len(numbers)
+    return numbers
+
+
+def _read_videos(path: Path, numbers: dict[str, int], numbered: bool) -> list[tuple[str, int]]:
+    """File names and class numbers from 0; with `numbered` each line ends in the class's number, else none does."""
+    found = []
+    for where, line in _lines(path):
+        class_name = line.partition("/")[0]
+        if class_name not in numbers:
+            raise UserError(f"{where}: class {class_name!r} is not in classInd.txt")
+        name, *number = line.rsplit(maxsplit=1)
+        if numbered:
+            if not number or not number[0].isdecimal():
+                raise UserError(f"{where}: expected 'CLASS/NAME NUMBER', got {line!r}")
+            if number[0] != str(numbers[class_name] + 1):
+                given = f"class {class_name!r} has number {numbers[class_name] + 1}"
+                raise UserError(f"{where}: {given}, not {number[0]}")
+        elif number and number[0].isdecimal() and Path(name).suffix:
+            raise UserError(f"{where}: expected 'CLASS/NAME' without a number, got {line!r}")
+        found.append((name if numbered else line, numbers[class_name]))
+    return found
 
 
 def read_lists(folder: Path, fold: int) -> SplitLists:
     """Read a fold's lists; dataset.json, if there, says whether a mirrored video belongs to another class."""
-    numbers: dict[str, int] = {}
-    for where, words in _lines(folder / "classInd.txt"):
-        if len(words) != 2 or words[0] != str(len(numbers) + 1):
-            raise UserError(f"{where}: expected '{len(numbers) + 1} CLASS', got '{' '.join(words)}'")
-        numbers[words[1]] = len(numbers)
-
-    def videos(name: str, words_per_line: int) -> list[tuple[str, int]]:
-        found = []
-        for where, words in _lines(folder / name):
-            class_name = words[0].split("/")[0]
-            if class_name not in numbers:
-                raise UserError(f"{where}: class '{class_name}' is not in classInd.txt")
-            if len(words) != words_per_line:
-                raise UserError(f"{where}: expected {words_per_line} words, got '{' '.join(words)}'")
-            if words_per_line == 2 and words[1] != str(numbers[class_name] + 1):
-                raise UserError(f"{where}: class '{class_name}' has number {numbers[class_name] + 1}, not {words[1]}")
-            found.append((words[0], numbers[class_name]))
-        return found
-
-    about = read_json(folder / "dataset.json") if (folder / "dataset.json").exists() else {}
+    numbers = _read_classes(folder / "classInd.txt")
+    about = folder / "dataset.json"
+    flip_changes_class = about.exists() and read_json(about).get("flip_changes_class", False)
+    if not isinstance(flip_changes_class, bool):
+        raise UserError(f"{about}: flip_changes_class must be true or false, got {flip_changes_class!r}")
     return SplitLists(
         classes=list(numbers),
-        train=videos(f"trainlist{fold:02d}.txt", 2),
-        test=videos(f"testlist{fold:02d}.txt", 1),
-        flip_changes_class=bool(about.get("flip_changes_class", False)),
+        train=_read_videos(folder / f"trainlist{fold:02d}.txt", numbers, numbered=True),
+        test=_read_videos(folder / f"testlist{fold:02d}.txt", numbers, numbered=False),
+        flip_changes_class=flip_changes_class,
     )
 
 
-def _decode(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of a file's first video stream, in the order of display; UserError where it is no video."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} holds no video stream")
-            yield from container.decode(video=0)
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path} is not a readable video: {error.strerror}") from error
+def _find(folder: Path, name: str) -> Path:
+    """The file that a list names.
 
-
-def probe(path: Path, label: int = -1) -> Video:
-    """Decode a whole file to learn its true length: headers of broken files lie, and so do those of some codecs."""
-    frames = height = width = 0
-    for frame in _decode(path):
-        frames, height, width = frames + 1, frame.height, frame.width
-    if not frames:
-        raise UserError(f"{path} holds no frames")
-    return Video(path, label, frames, height, width)
-
-
-def _scaled(height: int, width: int, short_side: int) -> tuple[int, int]:
-    scale = short_side / min(height, width)
-    return round(height * scale), round(width * scale)
-
-
-def read_frames(path: Path, indices: Sequence[int], short_side: int) -> NDArray[np.uint8]:
-    """RGB frames (T, H, W, 3) at the given indices (any order, repeats allowed), the shorter side scaled.
-
-    Decodes from the start: the only way to an exact frame in every codec, and cheap for clips of a few seconds.
+    Where there is none, but one whose name differs only in case or in how its accents are encoded, it is that one:
+    Windows and macOS do not tell them apart, and lists and videos come from there.
     """
-    wanted, last = set(indices), max(indices)
-    pictures = {}
-    for index, frame in enumerate(_decode(path)):
-        if index in wanted:
-            height, width = _scaled(frame.height, frame.width, short_side)
-            pictures[index] = frame.to_ndarray(format="rgb24", height=height, width=width)
-        if index == last:
-            return np.stack([pictures[i] for i in indices])
-    raise UserError(f"{path} has no frame {last}; it changed since it was indexed")
+
+    def key(text: str) -> str:
+        return unicodedata.normalize("NFC", text).casefold()
+
+    path = folder
+    for part in Path(name).parts:
+        alike = []
+        if not (path / part).exists() and path.is_dir():
+            alike = [found for found in path.iterdir() if key(found.name) == key(part)]
+        path = alike[0] if len(alike) == 1 else path / part
+    return path
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The entries of an index; UserError where the file is something else, which is then not to be written over."""
+
+    def is_entry(value: Any) -> bool:
+        if not isinstance(value, dict) or isinstance(value.get("error"), str):
+            return isinstance(value, dict)
+        sizes = [value.get(name) for name in ("bytes", "frames", "height", "width")]
+        return type(value.get("modified_ns")) is int and all(type(size) is int and size > 0 for size in sizes)
+
+    try:
+        known = read_json(path)
+        wrong = next((name for name, value in known.items() if not is_entry(value)), None)
+        if wrong is not None:
+            raise UserError(f"{path} is not an index of videos: {wrong!r} has no length and size")
+    except UserError as error:
+        raise UserError(f"{error}; delete it to index the videos anew, or name another file with --index") from error
+    return known
 
 
 def index_videos(folder: Path, names: Sequence[tuple[str, int]], cache: Path) -> tuple[list[Video], list[str]]:
@@ -173,14 +172,15 @@ def index_videos(folder: Path, names: Sequence[tuple[str, int]], cache: Path) ->
     Returns:
         The readable videos, and for each other one a sentence that names it and says what is wrong.
     """
-    known = read_json(cache) if cache.exists() else {}
+    known = _read_index(cache) if cache.exists() else {}
+    paths: dict[str, Path] = {}
 
-    def entry(name: str) -> dict[str, int | str]:
-        path = folder / name
+    def entry(name: str) -> dict[str, Any]:
         try:
+            path = paths[name] = _find(folder, name)
             status = path.stat()
         except OSError as error:
-            return {"error": f"{path} cannot be read: {error.strerror}"}
+            return {"error": f"{folder / name} cannot be read: {error.strerror}"}
         stamp = {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
         old = known.get(name, {})
         if stamp.items() <= old.items():
@@ -203,7 +203,7 @@ def index_videos(folder: Path, names: Sequence[tuple[str, int]], cache: Path) ->
         if "error" in found:
             broken.append(str(found["error"]))
         else:
-            videos.append(Video(folder / name, label, found["frames"], found["height"], found["width"]))
+            videos.append(Video(paths[name], label, found["frames"], found["height"], found["width"]))
     return videos, broken
 
 
@@ -233,7 +233,7 @@ class Frames:
     def __init__(self, videos: Sequence[Video], short_side: int, memory_bytes: int) -> None:
         self.short_side = short_side
         self._kept: dict[Path, NDArray[np.uint8]] = {}
-        if sum(3 * v.frames * np.prod(_scaled(v.height, v.width, short_side)) for v in videos) <= memory_bytes:
+        if sum(3 * v.frames * np.prod(scaled(v.height, v.width, short_side)) for v in videos) <= memory_bytes:
             for video in progress(videos, "decode videos"):
                 self._kept[video.path] = read_frames(video.path, range(video.frames), short_side)
 

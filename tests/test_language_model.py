@@ -99,6 +99,20 @@ def test_byte_pairs(tmp_path):
             assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match=r"encoder.json and vocab.bpe or vocab.json and merges.txt"):
         BytePairs(str(tmp_path))
+    folder = tmp_path / "vocab.json"
+    for name in ("vocab.json", "merges.txt"):  # as an editor saves them
+        path = folder / name
+        path.write_bytes(path.read_text().replace("\n", "\r\n").encode("utf-8-sig"))
+    assert BytePairs(str(folder)).encode("the the") == [257, 258]
+    for name, text, said in (
+        ("merges.txt", "t h\nt h e\n", "merges.txt: 't h e' is not two tokens of vocab.json"),
+        ("merges.txt", "t z\n", "merges.txt: 't z' is not two tokens of vocab.json that make a third"),
+        ("vocab.json", '{"a": "b"}', "vocab.json is not a vocabulary"),
+        ("vocab.json", "[1]", "vocab.json does not hold a JSON object"),
+    ):
+        (folder / name).write_text(text)
+        with pytest.raises(UserError, match=said):
+            BytePairs(str(folder))
 
 
 def test_byte_pairs_of_the_package():
@@ -109,11 +123,43 @@ def test_byte_pairs_of_the_package():
 
 def test_text_that_is_none(tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name in ("gone", "binary"):
+    for name, said in (("gone", "No such file"), ("binary", "is not text in UTF-16")):
         assert command("train", "--text", tmp_path / name, "--run", tmp_path / "run") == 2
-        assert "is not a text file in UTF-8" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert said in err and str(tmp_path / name) in err and err.count("\n") == 1
     assert command("sample", "--run", tmp_path) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "there is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_texts_as_editors_save_them(tmp_path, encoding, end):
+    """The byte order mark is no character of the alphabet, nor is a carriage return."""
+    (tmp_path / "text").write_bytes(f"\u00e9t\u00e9{end}x{end}".encode(encoding))
+    assert language_model.training_text(tmp_path / "text") == "\u00e9t\u00e9\nx\n"
+    assert len(language_model.training_text(None)) > 100_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [1]}, "is not the configuration of a language model"),
+        ({"tokens": {"bpe": None, "alphabet": None}}, "is not the configuration of a language model"),
+        ({"tokens": {"bpe": None, "alphabet": "abc"}}, "the model knows 2 tokens and the tokenizer 3"),
+        ({"model": {"layers": "2"}}, "layers must be of type int, got '2'"),
+        ({"model": {"layers": 2}}, "missing 4 required positional arguments"),
+    ],
+)
+def test_a_configuration_of_another_kind_is_named(tmp_path, capsys, change, message):
+    model = {"vocabulary": 2, "features": 4, "state": 4, "layers": 1, "dropout": 0}
+    saved = {"model": model, "tokens": {"bpe": None, "alphabet": "ab"}}
+    (tmp_path / "config.json").write_text(json.dumps(saved | change))
+    (tmp_path / "best.safetensors").touch()
+    assert command("sample", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "config.json" in err and message in err and err.count("\n") == 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert command("sample", tmp_path) == 2 and "is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_alphabet():

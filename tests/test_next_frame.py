@@ -14,8 +14,10 @@ from PIL import Image
 
 from examples import next_frame
 from examples.moving_digits import write_video
-from examples.next_frame import RNNS, Clips, DataConfig, ModelConfig, Predictor, quality, stream
+from examples.next_frame import RNNS, Clips, DataConfig, ModelConfig, Predictor, quality, read_parts, stream
 from examples.training import exit_code
+
+from .odd_videos import four_quadrants, write_phone_video
 
 pytestmark = pytest.mark.compiled
 SMALL = ["--short-side", 32, "--crop", 16, "--frames", 4, "--channels", 8, "--layers", 1, "--batch-size", 4]
@@ -39,7 +41,7 @@ def video(tmp_path_factory) -> Path:
 def test_it_beats_copying_the_last_frame(video, tmp_path, rnn, capsys):
     options = ["train", "--video", video, "--rnn", rnn, "--run", tmp_path, "--device", "cpu", *SMALL]
     assert command(*options, "--steps", 60, "--interval", 30, "--lr", 0.01) == 0
-    assert command("test", "--run", tmp_path, "--device", "cpu") == 0
+    assert command("test", tmp_path / "best.safetensors", "--device", "cpu") == 0
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["test_psnr"] > row["copy_psnr"] + 3 and row["test_ssim"] > row["copy_ssim"]
     assert "live stream" in capsys.readouterr().out
@@ -59,9 +61,30 @@ def test_the_stream_equals_all_frames_at_once(rnn):
     torch.testing.assert_close(stream(model, frames)[0], expected.detach(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("rnn", RNNS)
+def test_frames_as_decoders_give_them(rnn):
+    """Views of (B, T, H, W, 3), which want no gradient: the same gradients of the weights as of contiguous frames."""
+    model = Predictor(ModelConfig(rnn, 8, 2)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    frames = torch.rand(2, 5, 16, 24, 3, dtype=torch.float64).movedim(-1, 2)
+    wanted = []
+    for x in (frames, frames.contiguous()):
+        predicted, _ = model(x)
+        wanted.append([predicted, *torch.autograd.grad(predicted.square().mean(), list(model.parameters()))])
+    torch.testing.assert_close(*wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_untrained_it_copies_the_last_frame():
     frames = torch.rand(1, 3, 3, 8, 8)
     assert torch.equal(Predictor(ModelConfig("gru_rcn", 4, 1))(frames)[0], frames)
+
+
+def test_a_phone_video_is_turned_as_players_show_it(tmp_path):
+    write_phone_video(tmp_path / "phone.mp4", (0, 1, -1, 0), four_quadrants(48, 64), frames=30)
+    training, *_ = read_parts(DataConfig(str(tmp_path / "phone.mp4"), short_side=32, frames=2, crop=16))
+    assert training.shape[1:] == (3, 42, 32)
+    assert abs(training[0, 0, 4:16, 4:12].float().mean() - 60) < 3  # was at the bottom, left
 
 
 def test_clips_stay_inside_the_part():

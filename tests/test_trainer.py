@@ -210,6 +210,18 @@ def test_mistakes_are_one_sentence(whole, more, message, capsys):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ['{"train": 3, "task": 3, "model": 3}', '{"data": {}}', "[]"])
+def test_a_run_of_another_kind_does_not_go_on(tmp_path, text, capsys):
+    (tmp_path / "config.json").write_text(text)
+    assert train(tmp_path, "--resume") == 2
+    said = (
+        "config.json does not hold a JSON object"
+        if text == "[]"
+        else "holds a run of another kind: its config.json lacks 'task'"
+    )
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "commands"),
     [

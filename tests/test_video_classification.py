@@ -1,7 +1,6 @@
 """The video example: its data reveal nothing in a single frame, its reader is exact, its runs resume bit for bit."""
 
 import json
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,11 +18,19 @@ from safetensors.torch import load_file
 from examples import trainer, video_classification, videos
 from examples.moving_digits import CLASSES, make_dataset, write_video
 from examples.training import UserError, exit_code
+from examples.video_files import Video
 from examples.video_model import ModelConfig, VideoClassifier
-from examples.videos import ClipConfig, ClipDataset, Frames, Video
+from examples.video_training import VARIABLES
+from examples.videos import ClipConfig, ClipDataset, Frames
 
 pytestmark = pytest.mark.compiled
 CLIP = ClipConfig(frames=4, resize=32, crop=32)
+
+
+@pytest.fixture(autouse=True)
+def unset_variables(monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -73,40 +80,6 @@ def test_read_frames_are_exact_and_coded_alone(tmp_path):
         videos.read_frames(path, [12], short_side=16)
 
 
-def test_index_names_broken_videos_and_is_cached(data, tmp_path, monkeypatch):
-    good = next((data / "videos").rglob("*.avi"))
-    (tmp_path / "C").mkdir()
-    shutil.copy(good, tmp_path / "C/good.avi")
-    (tmp_path / "C/empty.avi").touch()
-    (tmp_path / "C/text.avi").write_text("no video\n" * 100)
-    names = [(f"C/{name}.avi", 0) for name in ("good", "empty", "text", "gone")]
-    cache = tmp_path / "index.json"
-    found, broken = videos.index_videos(tmp_path, names, cache)
-    assert [video.path.name for video in found] == ["good.avi"] and found[0].frames == 8
-    assert [next(n for n in ("empty", "text", "gone") if n in line) for line in broken] == ["empty", "text", "gone"]
-    monkeypatch.setattr(videos, "probe", lambda path: pytest.fail(f"{path} was decoded again"))
-    assert videos.index_videos(tmp_path, names, cache) == (found, broken)
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("trainlist01.txt", None, "trainlist01.txt"),
-        ("trainlist01.txt", "A/v.avi 1\nNope/v.avi 1\n", "trainlist01.txt, line 2: class 'Nope'"),
-        ("trainlist01.txt", "A/v.avi 2\n", "line 1: class 'A' has number 1, not 2"),
-        ("testlist01.txt", "A/v.avi\n\nNope/v.avi\n", "testlist01.txt, line 3: class 'Nope'"),
-        ("classInd.txt", "1 A\n3 B\n", "classInd.txt, line 2"),
-    ],
-)
-def test_lists_report_file_and_line(tmp_path, file, text, message):
-    lists = {"classInd.txt": "1 A\n2 B\n", "trainlist01.txt": "A/v.avi 1\n", "testlist01.txt": "B/v.avi\n", file: text}
-    for name, content in lists.items():
-        if content is not None:
-            (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        videos.read_lists(tmp_path, 1)
-
-
 def test_split_keeps_groups_together():
     names = [(k, f"v_X_g{g:02d}_c{c:02d}.avi") for k in range(3) for g in range(9) for c in range(4)]
     everything = [Video(Path(name), label, 9, 32, 32) for label, name in names]
@@ -147,6 +120,20 @@ def test_model_learns_with_all_its_parameters(rnn, bidirectional):
     assert logits.shape == (2, 5)
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rnn", ["gru_rcn", "min_conv2d_gru"])
+def test_clips_as_decoders_give_them(rnn):
+    """Views of (B, T, H, W, 3), which want no gradient: the same gradients of the weights as of contiguous clips."""
+    model = VideoClassifier(ModelConfig(3, rnn, bidirectional=True)).double()
+    clips = torch.randint(0, 256, (2, 3, 40, 32, 3), dtype=torch.uint8).movedim(-1, 2)
+    wanted = []
+    for x in (clips, clips.contiguous(), clips.double(), clips.contiguous().double()):
+        logits = model(x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2]))
+        wanted.append([logits, *torch.autograd.grad(loss, list(model.parameters()))])
+    for found in wanted[:-1]:
+        torch.testing.assert_close(found, wanted[-1], rtol=1e-8, atol=1e-10)
 
 
 def test_vgg16_without_torchvision_says_what_to_install(monkeypatch):

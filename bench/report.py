@@ -23,14 +23,7 @@ LIMITS = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE
 
 def show(results: Results, console: Console) -> None:
     """Prints the machine, a line for each provider of each case, what was refused, and where convrnn loses."""
-    machine = results.machine
-    console.print(
-        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['kernels']} kernels, {machine['date']}"
-    )
-    console.print(
-        f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"Python {machine['python']}, {machine['system']}"
-    )
+    console.print(heading(results))
     console.print(
         f"measured peaks: copy {results.peaks['copy']:.1f} GB/s, "
         + ", ".join(f"{dtype} {peak:.0f} GFLOP/s" for dtype, peak in results.peaks.items() if dtype != "copy")
@@ -43,6 +36,16 @@ def show(results: Results, console: Console) -> None:
     console.print(summary(results), highlight=False)
     if not results.complete:
         console.print("[bold yellow]incomplete: the run was interrupted[/]")
+
+
+def heading(results: Results) -> str:
+    """The machine and the versions."""
+    machine = results.machine
+    return (
+        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['kernels']} kernels, {machine['date']}\n"
+        f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"Python {machine['python']}, {machine['system']}"
+    )
 
 
 def table(results: Results, case: str, rows: list[Row], header: bool) -> Table:

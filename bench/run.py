@@ -9,7 +9,7 @@ import dataclasses
 import multiprocessing
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -32,12 +32,13 @@ Turns = dict[Key, list[float]]  # milliseconds a call
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: sweeps over all cases, rounds in each, and torch.compile in how many cases."""
+    """How much is measured: sweeps over all cases, rounds in each, torch.compile in how many cases, and memory."""
 
     sweeps: int
     rounds: int
     compile: bool
     exhaustive: bool
+    memory: bool = True
 
 
 EFFORTS = {
@@ -101,12 +102,18 @@ class Subject:
 
 
 class Bench:
-    """Measures cases; ``results`` always holds what is known so far."""
+    """Measures cases; ``results`` always holds what is known so far.
 
-    def __init__(self, cases: list[Case], effort: Effort, device: torch.device) -> None:
+    ``source`` makes them again, and others perhaps, in the process of a further sweep: it can be pickled, a case cannot.
+    """
+
+    def __init__(
+        self, cases: list[Case], effort: Effort, device: torch.device, source: Callable[[], list[Case]] = all_cases
+    ) -> None:
         self.cases = cases
         self.effort = effort
         self.device = device
+        self.source = source
         self.results = Results(machine.stamp(device), {})
 
     def run(self) -> Iterator[Case]:
@@ -151,7 +158,10 @@ class Bench:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=repeat,
-            args=(sender, wanted, self.effort.compile, rounds, sweep, self.device, torch.get_num_threads(), fresh),
+            args=(
+                *(sender, self.source, wanted, self.effort.compile, rounds, sweep),
+                *(self.device, torch.get_num_threads(), fresh),
+            ),
             daemon=True,
         )
         process.start()
@@ -221,7 +231,7 @@ class Bench:
             bytes=work.bytes,
             error=error,
         )
-        if what == "step" and not name.endswith(GRAPH):
+        if self.effort.memory and what == "step" and not name.endswith(GRAPH):
             provider = problem.providers[name]
             row.kept_bytes = measure.kept_bytes(provider, problem)
             row.peak_bytes = measure.peak_bytes(measure.task(what, provider, problem), self.device)
@@ -248,6 +258,7 @@ def timed(case: Case, problem: Problem, keys: list[Key], rounds: int, sweep: int
 
 def repeat(
     replies: Connection,
+    source: Callable[[], list[Case]],
     wanted: dict[str, list[Key]],
     compile: bool,
     rounds: int,
@@ -259,7 +270,7 @@ def repeat(
     """A further sweep, as a process: sends the turns of each case in ``wanted``, in its order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked decides
     machine.prepare(threads, fresh)
-    cases = {case.name: case for case in all_cases()}
+    cases = {case.name: case for case in source()}
     for name, keys in wanted.items():
         problem = concrete(cases[name], compile, device)
         replies.send(timed(cases[name], problem, keys, rounds, sweep, device))

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from .case import OURS, TRAINING
 from .measure import TOLERANCE
-from .results import Results, Row
+from .results import DECIDING, Results, Row
 
 WIDTH = 176  # the table's; a narrower terminal wraps it
 LEGEND = (
@@ -107,23 +107,35 @@ def megabytes(count: int | None) -> str:
 
 
 def summary(results: Results) -> Text:
-    """How often convrnn is faster than every baseline, how often it is not, and by how much."""
+    """How often convrnn is faster than every baseline, how often it is not, and by how much; all ratios that are of too few
+    sweeps to decide anything."""
     rows = [row for row in results.rows if row.ours and row.verdict]
     text = Text(verdicts(rows))
     for row in sorted(rows, key=lambda row: row.speedup):
         if row.verdict != "faster":
-            where = row.provider.removeprefix(OURS)
-            text.append(f"\n  {row.verdict}: {row.case}, {row.what}{where}: {row.speedup:.2f} ({spread(row)})")
+            label, where = f"{row.verdict}: " if row.decidable else "", row.provider.removeprefix(OURS)
+            text.append(f"\n  {label}{row.case}, {row.what}{where}: {ratio(row.speedup)} ({spread(row)})")
     return text
 
 
 def verdicts(rows: list[Row]) -> str:
-    """A sentence: in how many of ``rows`` convrnn is faster than the best baseline, slower, or neither."""
-    found = [row.verdict for row in rows]
-    return (
-        f"Faster than the best baseline in {found.count('faster')} of {len(found)} measurements, slower in "
-        f"{found.count('slower')}, undecided (the spread holds 1) in {found.count('undecided')}."
-    )
+    """In how many of ``rows`` convrnn is faster than the best baseline, slower, or neither; of how many nothing can be told."""
+    found, few = [row.verdict for row in rows if row.decidable], [row for row in rows if not row.decidable]
+    sentences = []
+    if found or not rows:
+        sentences.append(
+            f"Faster than the best baseline in {found.count('faster')} of {len(found)} measurements, slower in "
+            f"{found.count('slower')}, undecided (the spread holds 1) in {found.count('undecided')}."
+        )
+    if few:
+        most = max(len(set(row.sweeps)) for row in few)
+        sentences.append(
+            f"For lack of sweeps ({most} of the {DECIDING} that a verdict takes) nothing is decided in "
+            f"{len(few)} {'more' if found else 'measurements'}."
+        )
+        if not found:
+            sentences.append("The best baseline's time over ours:")
+    return " ".join(sentences)
 
 
 def spread(row: Row) -> str:

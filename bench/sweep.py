@@ -111,7 +111,9 @@ def kernel(rng: random.Random) -> tuple[int, int]:
 
 
 def verdict(row: Row) -> str:
-    """ "faster", "loss", or "undecided"."""
+    """ "faster", "loss", "undecided" or, of a run that was interrupted, "too few sweeps"."""
+    if not row.decidable:
+        return "too few sweeps"
     if row.verdict == "slower":
         return "loss" if row.speedup < MARGIN else "undecided"
     return row.verdict
@@ -163,11 +165,12 @@ def summary(results: Results) -> str:
     """How many passes are faster, lost and undecided; then every loss, and how to measure them again."""
     verdicts = [verdict(row) for row in results.rows if row.ours and row.verdict]
     losses, indices = lost(results), results.options["indices"]
-    counts = (
-        f"{len(verdicts)} passes: {verdicts.count('faster')} faster than the fastest plain form, {len(losses)} lost "
-        f"(below {MARGIN}, the whole interval below 1), {verdicts.count('undecided')} undecided."
-    )
-    lines = [counts]
+    lines = [
+        f"{len(verdicts)} passes: {verdicts.count('faster')} faster than the fastest plain form, "
+        + f"{len(losses)} lost (below {MARGIN}, the whole interval below 1), {verdicts.count('undecided')} undecided."
+    ]
+    if few := verdicts.count("too few sweeps"):
+        lines.append(f"Nothing is decided in {few} of them: a verdict takes {DECIDING} sweeps.")
     lines += [f"  loss: {indices[row.case]}: {row.case}, {row.what}: {ratio(row)}" for row in losses]
     if losses:
         again = sorted({indices[row.case] for row in losses})

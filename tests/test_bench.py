@@ -259,7 +259,7 @@ def test_what_is_compiled_is_timed_again_only_where_it_may_be_the_best_baseline(
 
 
 def test_a_sweep_whose_process_ends_fails_the_run(brief):
-    bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU)  # a case that its process does not find
+    bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU, source=list)  # no case that its process could find
     with pytest.raises(RuntimeError, match="sweep 1 ended with status 1 at mingru"):
         list(bench.run())
     assert bench.results.rows and not bench.results.complete

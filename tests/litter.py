@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CACHES = re.compile(r"(^|/)(__pycache__|\.\w+_cache)/")  # Python's own and the tools'
+CACHES = re.compile(r"(^|/)(__pycache__|\.\w+_cache|\.hypothesis)/")  # Python's own and the tools'
 
 
 class Litter:

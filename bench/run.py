@@ -114,28 +114,32 @@ class Bench:
         self.effort = effort
         self.device = device
         self.source = source
+        self.subjects: list[Subject] = []
         self.results = Results(machine.stamp(device), {})
 
     def run(self) -> Iterator[Case]:
         """Measures; yields each case when a sweep is through with it."""
         self.results.peaks = machine.peaks(self.device, {case.dtype for case in self.cases})
-        subjects = []
         for case in self.cases:
             problem = concrete(case, self.effort.compile, self.device)
             subject = self.prepare(case, problem)
             subject.add(0, timed(case, problem, subject.keys(0), self.effort.rounds, 0, self.device))
             self.results.rows += subject.rows.values()
-            subjects.append(subject)
+            self.subjects.append(subject)
             yield case
-        for sweep in range(1, self.effort.sweeps):
+        yield from self.further(range(1, self.effort.sweeps), self.subjects)
+        fresh = [subject for subject in self.subjects if subject.case.group == "op" and subject.floors and subject.rows]
+        if fresh and self.effort.sweeps > 1 and self.device.type == "cpu" and machine.has_mallopt():
+            self.add_fresh_pages(fresh)
+        self.results.complete = True
+
+    def further(self, sweeps: range, subjects: list[Subject]) -> Iterator[Case]:
+        """Adds sweeps over ``subjects``, each in a process of its own."""
+        for sweep in sweeps:
             wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
             for subject, turns in zip(subjects, self.again(wanted, self.effort.rounds, sweep), strict=True):
                 subject.add(sweep, turns)
                 yield subject.case
-        fresh = [subject for subject in subjects if subject.case.group == "op" and subject.floors and subject.rows]
-        if fresh and self.effort.sweeps > 1 and self.device.type == "cpu" and machine.has_mallopt():
-            self.add_fresh_pages(fresh)
-        self.results.complete = True
 
     def add_fresh_pages(self, subjects: list[Subject]) -> None:
         """Times ours against its floors once more, where large tensors are fresh pages: what a first call sees."""

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import convrnn
-from bench import machine, measure, sweep
+from bench import machine, measure, run, sweep
 from bench.case import OURS
 from bench.gru import gru_rcn
 from bench.results import DECIDING, Refusal, Results, Row, add_speedups, load
@@ -136,6 +136,39 @@ def test_losses_are_named_and_fail_the_run():
         f"  loss: 7: {names[1]}, step: 0.70 (0.50-0.90)",
         "Again: python -m bench.sweep --seed 0 --shapes 60 --only 7 30",
     ]
+
+
+class Stub:
+    """A ``Bench`` whose further sweeps find these ratios."""
+
+    def __init__(self, results: Results, ratios: list[float]) -> None:
+        self.results, self.ratios = results, ratios
+        names = results.options["indices"]
+        self.subjects = [run.Subject(case) for case in sweep.drawn(0, len(names))]
+        for subject in self.subjects:
+            rows = [row for row in results.rows if row.case == subject.case.name]
+            subject.rows = {(row.provider, row.what): row for row in rows}
+
+    def run(self):
+        yield from (subject.case for subject in self.subjects)
+
+    def further(self, sweeps, subjects):
+        for number, found in zip(sweeps, self.ratios, strict=True):
+            for subject in subjects:
+                subject.add(number, {(OURS, "step"): [1.0], ("hoisted", "step"): [found]})
+                yield subject.case
+
+
+@pytest.mark.parametrize("again, verdict", [([0.9] * 5, "loss"), ([0.7, 0.8, 0.9, 1.0, 1.1], "undecided")])
+def test_a_loss_counts_if_five_more_sweeps_find_it_again(again, verdict):
+    bench = Stub(measured({0: [2.0] * 5, 1: [0.5] * 5, 2: [0.98] * 5}), again)
+    cases = [case.name for case in sweep.measured(bench)]
+    names = list(bench.results.options["indices"])
+    assert cases == names + [names[1]] * 5  # the lost one alone
+    ours = bench.results.rows[::2]
+    assert [sweep.verdict(row) for row in ours] == ["faster", verdict, "undecided"]
+    assert ours[1].sweeps == [5, 6, 7, 8, 9] and ours[1].speedup == pytest.approx(0.9)
+    assert ours[0].sweeps == [0, 1, 2, 3, 4]
 
 
 def test_the_status_without_a_loss():

@@ -1,5 +1,6 @@
 """Cases of the GRU-RCN family: a step's gates, the whole sequence, the layer, one frame of a stream."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -64,9 +65,18 @@ def gru_update(*shape: int, dtype: torch.dtype = torch.float32, **options: objec
 
 
 def gru_rcn_inputs(
-    device: torch.device, dtype: torch.dtype, batch: int, steps: int, ox: int, oh: int, height: int, width: int
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    steps: int,
+    ox: int,
+    oh: int,
+    height: int,
+    width: int,
+    kernel: tuple[int, int] = (3, 3),
 ) -> list[Tensor]:
-    """x, h0, W, U, C with 3x3 kernels, scaled as a layer's are at its start."""
+    """x, h0, W, U, C, scaled as a layer's are at its start."""
+    taps = math.prod(kernel)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype)
@@ -74,24 +84,26 @@ def gru_rcn_inputs(
     return [
         randn(batch, steps, ox, height, width),
         randn(batch, oh, height, width, scale=0.5),
-        randn(3 * oh, ox, 3, 3, scale=(9 * ox) ** -0.5),
-        randn(2 * oh, oh, 3, 3, scale=(9 * oh) ** -0.5),
-        randn(oh, oh, 3, 3, scale=(9 * oh) ** -0.5),
+        randn(3 * oh, ox, *kernel, scale=(taps * ox) ** -0.5),
+        randn(2 * oh, oh, *kernel, scale=(taps * oh) ** -0.5),
+        randn(oh, oh, *kernel, scale=(taps * oh) ** -0.5),
     ]
 
 
-def gru_rcn_work(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Work, Work]:
+def gru_rcn_work(shape: tuple[int, ...], dtype: torch.dtype, kernel: tuple[int, int] = (3, 3)) -> tuple[Work, Work]:
     batch, steps, ox, oh, height, width = shape
-    pixels = height * width
-    return convolution_work(dtype, batch * steps, pixels, batch * steps * pixels * (ox + oh), 9 * 3 * oh * (ox + oh))
+    pixels, weights = height * width, math.prod(kernel) * 3 * oh * (ox + oh)
+    return convolution_work(dtype, batch * steps, pixels, batch * steps * pixels * (ox + oh), weights)
 
 
-def gru_rcn(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:
-    """GRU-RCN with 3x3 kernels at (B, T, Ox, Oh, H, W)."""
+def gru_rcn(
+    *shape: int, kernel: tuple[int, int] = (3, 3), dtype: torch.dtype = torch.float32, **options: object
+) -> Case:
+    """GRU-RCN at (B, T, Ox, Oh, H, W)."""
 
     def build(device: torch.device, dtype: torch.dtype) -> Problem:
         return Problem(
-            gru_rcn_inputs(device, dtype, *shape),
+            gru_rcn_inputs(device, dtype, *shape, kernel),
             lambda *inputs: reference.gru_rcn(*inputs)[0],
             {
                 OURS: Provider(lambda *inputs: convrnn.gru_rcn(*inputs)[0]),
@@ -100,7 +112,8 @@ def gru_rcn(*shape: int, dtype: torch.dtype = torch.float32, **options: object) 
             },
         )
 
-    return Case("gru_rcn", shape, build, *gru_rcn_work(shape, dtype), dtype, **options)
+    op = "gru_rcn" if kernel == (3, 3) else f"gru_rcn {kernel[0]}x{kernel[1]}"
+    return Case(op, shape, build, *gru_rcn_work(shape, dtype, kernel), dtype, **options)
 
 
 def gru_rcn_module(*shape: int, dtype: torch.dtype = torch.float32, **options: object) -> Case:

@@ -107,7 +107,9 @@ def six_convolutions(x: Tensor, h: Tensor, W: Tensor, U: Tensor, C: Tensor, stri
 
 
 def input_convolution(frames: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th pixel of the 'same' convolution with an odd kernel."""
+    """Every ``stride``-th pixel of the 'same' convolution; with a stride, of an odd kernel."""
+    if stride == 1:
+        return F.conv2d(frames, weight, padding="same")
     return F.conv2d(frames, weight, stride=stride, padding=[size // 2 for size in weight.shape[2:]])
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from .case import OURS, TRAINING
 from .measure import TOLERANCE
-from .results import Results, Row
+from .results import DECIDING, Results, Row
 
 WIDTH = 176  # the table's; a narrower terminal wraps it
 LEGEND = (
@@ -23,14 +23,7 @@ LIMITS = {str(dtype).removeprefix("torch."): limit for dtype, limit in TOLERANCE
 
 def show(results: Results, console: Console) -> None:
     """Prints the machine, a line for each provider of each case, what was refused, and where convrnn loses."""
-    machine = results.machine
-    console.print(
-        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['kernels']} kernels, {machine['date']}"
-    )
-    console.print(
-        f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
-        f"Python {machine['python']}, {machine['system']}"
-    )
+    console.print(heading(results))
     console.print(
         f"measured peaks: copy {results.peaks['copy']:.1f} GB/s, "
         + ", ".join(f"{dtype} {peak:.0f} GFLOP/s" for dtype, peak in results.peaks.items() if dtype != "copy")
@@ -43,6 +36,16 @@ def show(results: Results, console: Console) -> None:
     console.print(summary(results), highlight=False)
     if not results.complete:
         console.print("[bold yellow]incomplete: the run was interrupted[/]")
+
+
+def heading(results: Results) -> str:
+    """The machine and the versions."""
+    machine = results.machine
+    return (
+        f"[bold]{machine['device']}[/], {machine['threads']} threads, {machine['kernels']} kernels, {machine['date']}\n"
+        f"convrnn {machine['convrnn']} at {machine['commit']}, torch {machine['torch']}, triton {machine['triton']}, "
+        f"Python {machine['python']}, {machine['system']}"
+    )
 
 
 def table(results: Results, case: str, rows: list[Row], header: bool) -> Table:
@@ -104,23 +107,35 @@ def megabytes(count: int | None) -> str:
 
 
 def summary(results: Results) -> Text:
-    """How often convrnn is faster than every baseline, how often it is not, and by how much."""
+    """How often convrnn is faster than every baseline, how often it is not, and by how much; all ratios that are of too few
+    sweeps to decide anything."""
     rows = [row for row in results.rows if row.ours and row.verdict]
     text = Text(verdicts(rows))
     for row in sorted(rows, key=lambda row: row.speedup):
         if row.verdict != "faster":
-            where = row.provider.removeprefix(OURS)
-            text.append(f"\n  {row.verdict}: {row.case}, {row.what}{where}: {row.speedup:.2f} ({spread(row)})")
+            label, where = f"{row.verdict}: " if row.decidable else "", row.provider.removeprefix(OURS)
+            text.append(f"\n  {label}{row.case}, {row.what}{where}: {ratio(row.speedup)} ({spread(row)})")
     return text
 
 
 def verdicts(rows: list[Row]) -> str:
-    """A sentence: in how many of ``rows`` convrnn is faster than the best baseline, slower, or neither."""
-    found = [row.verdict for row in rows]
-    return (
-        f"Faster than the best baseline in {found.count('faster')} of {len(found)} measurements, slower in "
-        f"{found.count('slower')}, undecided (the spread holds 1) in {found.count('undecided')}."
-    )
+    """In how many of ``rows`` convrnn is faster than the best baseline, slower, or neither; of how many nothing can be told."""
+    found, few = [row.verdict for row in rows if row.decidable], [row for row in rows if not row.decidable]
+    sentences = []
+    if found or not rows:
+        sentences.append(
+            f"Faster than the best baseline in {found.count('faster')} of {len(found)} measurements, slower in "
+            f"{found.count('slower')}, undecided (the spread holds 1) in {found.count('undecided')}."
+        )
+    if few:
+        most = max(len(set(row.sweeps)) for row in few)
+        sentences.append(
+            f"For lack of sweeps ({most} of the {DECIDING} that a verdict takes) nothing is decided in "
+            f"{len(few)} {'more' if found else 'measurements'}."
+        )
+        if not found:
+            sentences.append("The best baseline's time over ours:")
+    return " ".join(sentences)
 
 
 def spread(row: Row) -> str:

@@ -75,11 +75,16 @@ class Row:
         return self.provider.removesuffix(GRAPH) == OURS
 
     @property
+    def decidable(self) -> bool:
+        """Whether it has sweeps enough for a verdict."""
+        return len(set(self.sweeps)) >= DECIDING
+
+    @property
     def verdict(self) -> str:
         """On which side of 1 the spread of the speed-up lies: "faster", "slower" or "undecided"; "" without a baseline."""
         if self.speedup is None:
             return ""
-        if len(set(self.sweeps)) < DECIDING:
+        if not self.decidable:
             return "undecided"
         return "faster" if self.speedup_low > 1 else "slower" if self.speedup_high < 1 else "undecided"
 

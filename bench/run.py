@@ -9,7 +9,7 @@ import dataclasses
 import multiprocessing
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -32,12 +32,13 @@ Turns = dict[Key, list[float]]  # milliseconds a call
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: sweeps over all cases, rounds in each, and torch.compile in how many cases."""
+    """How much is measured: sweeps over all cases, rounds in each, torch.compile in how many cases, and memory."""
 
     sweeps: int
     rounds: int
     compile: bool
     exhaustive: bool
+    memory: bool = True
 
 
 EFFORTS = {
@@ -101,34 +102,44 @@ class Subject:
 
 
 class Bench:
-    """Measures cases; ``results`` always holds what is known so far."""
+    """Measures cases; ``results`` always holds what is known so far.
 
-    def __init__(self, cases: list[Case], effort: Effort, device: torch.device) -> None:
+    ``source`` makes them again, and others perhaps, in the process of a further sweep: it can be pickled, a case cannot.
+    """
+
+    def __init__(
+        self, cases: list[Case], effort: Effort, device: torch.device, source: Callable[[], list[Case]] = all_cases
+    ) -> None:
         self.cases = cases
         self.effort = effort
         self.device = device
+        self.source = source
+        self.subjects: list[Subject] = []
         self.results = Results(machine.stamp(device), {})
 
     def run(self) -> Iterator[Case]:
         """Measures; yields each case when a sweep is through with it."""
         self.results.peaks = machine.peaks(self.device, {case.dtype for case in self.cases})
-        subjects = []
         for case in self.cases:
             problem = concrete(case, self.effort.compile, self.device)
             subject = self.prepare(case, problem)
             subject.add(0, timed(case, problem, subject.keys(0), self.effort.rounds, 0, self.device))
             self.results.rows += subject.rows.values()
-            subjects.append(subject)
+            self.subjects.append(subject)
             yield case
-        for sweep in range(1, self.effort.sweeps):
+        yield from self.further(range(1, self.effort.sweeps), self.subjects)
+        fresh = [subject for subject in self.subjects if subject.case.group == "op" and subject.floors and subject.rows]
+        if fresh and self.effort.sweeps > 1 and self.device.type == "cpu" and machine.has_mallopt():
+            self.add_fresh_pages(fresh)
+        self.results.complete = True
+
+    def further(self, sweeps: range, subjects: list[Subject]) -> Iterator[Case]:
+        """Adds sweeps over ``subjects``, each in a process of its own."""
+        for sweep in sweeps:
             wanted = {subject.case.name: subject.keys(sweep) for subject in subjects}
             for subject, turns in zip(subjects, self.again(wanted, self.effort.rounds, sweep), strict=True):
                 subject.add(sweep, turns)
                 yield subject.case
-        fresh = [subject for subject in subjects if subject.case.group == "op" and subject.floors and subject.rows]
-        if fresh and self.effort.sweeps > 1 and self.device.type == "cpu" and machine.has_mallopt():
-            self.add_fresh_pages(fresh)
-        self.results.complete = True
 
     def add_fresh_pages(self, subjects: list[Subject]) -> None:
         """Times ours against its floors once more, where large tensors are fresh pages: what a first call sees."""
@@ -151,7 +162,10 @@ class Bench:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=repeat,
-            args=(sender, wanted, self.effort.compile, rounds, sweep, self.device, torch.get_num_threads(), fresh),
+            args=(
+                *(sender, self.source, wanted, self.effort.compile, rounds, sweep),
+                *(self.device, torch.get_num_threads(), fresh),
+            ),
             daemon=True,
         )
         process.start()
@@ -221,7 +235,7 @@ class Bench:
             bytes=work.bytes,
             error=error,
         )
-        if what == "step" and not name.endswith(GRAPH):
+        if self.effort.memory and what == "step" and not name.endswith(GRAPH):
             provider = problem.providers[name]
             row.kept_bytes = measure.kept_bytes(provider, problem)
             row.peak_bytes = measure.peak_bytes(measure.task(what, provider, problem), self.device)
@@ -248,6 +262,7 @@ def timed(case: Case, problem: Problem, keys: list[Key], rounds: int, sweep: int
 
 def repeat(
     replies: Connection,
+    source: Callable[[], list[Case]],
     wanted: dict[str, list[Key]],
     compile: bool,
     rounds: int,
@@ -259,7 +274,7 @@ def repeat(
     """A further sweep, as a process: sends the turns of each case in ``wanted``, in its order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked decides
     machine.prepare(threads, fresh)
-    cases = {case.name: case for case in all_cases()}
+    cases = {case.name: case for case in source()}
     for name, keys in wanted.items():
         problem = concrete(cases[name], compile, device)
         replies.send(timed(cases[name], problem, keys, rounds, sweep, device))

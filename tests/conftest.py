@@ -8,6 +8,8 @@ import torch
 
 import convrnn  # noqa: F401  before anything imports triton: see CONVRNN_BACKEND
 
+from .litter import Litter
+
 INTERPRETED = os.environ.get("CONVRNN_BACKEND") == "triton"
 
 
@@ -16,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    Litter.register(config)
     config.addinivalue_line(
         "markers", "compiled: needs kernels that are compiled, not interpreted (CONVRNN_BACKEND unset)"
     )

@@ -221,19 +221,19 @@ def test_fresh_pages_have_rows_and_floors_of_their_own():
 @pytest.mark.skipif(not machine.has_mallopt(), reason="glibc's malloc")
 @pytest.mark.parametrize("fresh", [False, True])
 def test_large_tensors_are_fresh_pages_or_the_last_calls(fresh):
-    """Counted as page faults: 16 MB are 4,096 pages, or 8 huge ones."""
+    """Counted as page faults: 16 MB are 4,096 pages, or 8 huge ones. The heap grows in a few of the first calls."""
     code = f"""
 import resource, torch
 from bench import machine
 machine.prepare(1, fresh={fresh})
 faults = []
-for _ in range(8):
+for _ in range(24):
     torch.zeros(4 << 20).add_(1)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[3])
+print(faults[-1] - faults[15])
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True)
-    assert (int(found.stdout) >= 4 * 8) == fresh
+    assert (int(found.stdout) >= 8 * 8) == fresh
 
 
 def test_slow_baselines_that_others_beat_have_one_turn():
@@ -259,7 +259,7 @@ def test_what_is_compiled_is_timed_again_only_where_it_may_be_the_best_baseline(
 
 
 def test_a_sweep_whose_process_ends_fails_the_run(brief):
-    bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU)  # a case that its process does not find
+    bench = run.Bench([TINY], run.Effort(2, 1, False, False), CPU, source=list)  # no case that its process could find
     with pytest.raises(RuntimeError, match="sweep 1 ended with status 1 at mingru"):
         list(bench.run())
     assert bench.results.rows and not bench.results.complete

@@ -17,6 +17,7 @@
 
 #include "gru_cell.h"
 #include "gru_rcn_backward.h"
+#include "gru_rcn_library.h"
 
 namespace convrnn {
 namespace {
@@ -212,7 +213,13 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
     dispatch_dtype("convrnn::gru_rcn", x, [&](auto zero) {
-      forward<decltype(zero)>(problem, x, h0.has_value(), W, U, C, bias, codes, out, state, gates);
+      using T = decltype(zero);
+      if constexpr (kHasLibrary<T>) {
+        if (takes_library(problem, W.has_value(), x.scalar_type(), codes, false)) {
+          return library_forward<T>(problem, x, h0.has_value(), W, U, C, bias, out, state, gates);
+        }
+      }
+      forward<T>(problem, x, h0.has_value(), W, U, C, bias, codes, out, state, gates);
     });
   }
   return {out, to_dtype(state, h0.has_value() ? h0->scalar_type() : x.scalar_type()), gates};
@@ -251,9 +258,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
   }
   if (out.numel() > 0) {
     const Problem problem(x, W, U, C);
+    const Operands operands{x, h0, W, U, C, dense_or_none(bias), out, dout, codes};
     dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
-      backward<decltype(zero)>(problem, {x, h0, W, U, C, dense_or_none(bias), out, dout, codes},
-                               torch::stable::contiguous(gates), dh, gradients);
+      using T = decltype(zero);
+      if constexpr (kHasLibrary<T>) {
+        if (gates.numel() > 0 && takes_library(problem, W.has_value(), x.scalar_type(), codes, true)) {
+          return library_backward<T>(problem, operands, torch::stable::contiguous(gates), dh, gradients);
+        }
+      }
+      backward<T>(problem, operands, torch::stable::contiguous(gates), dh, gradients);
     });
   } else {
     for (auto* gradient : {&gradients.dx, &gradients.dW, &gradients.dU, &gradients.dC, &gradients.dbias}) {

@@ -13,7 +13,7 @@ from convrnn.ops.gru_rcn import coded_gru_rcn
 
 from ..kernels.layout import state_dtype
 from ._convolution import Convolution
-from ._parts import Norm, fill_gate_bias, make_norm, reset_parameters
+from ._parts import Norm, fill_gate_bias, make_norm, norm_input, reset_parameters
 
 __all__ = ["GRULayer", "GRUParameters"]
 
@@ -246,5 +246,5 @@ class GRULayer(GRUParameters):
 
     def _normalise(self, norm: nn.Module | None, x: Tensor, bias: Tensor | None) -> Tensor:
         """The bias comes last: a normalisation over the channels of a gate would take a constant of theirs away."""
-        x = x if norm is None else norm(x)
+        x = x if norm is None else norm(norm_input(x))
         return x if bias is None else x + bias.view(-1, *(1 for _ in self.recurrent.kernel))

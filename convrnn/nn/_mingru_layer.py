@@ -10,7 +10,7 @@ from convrnn.ops._check import autocast_is_on, check_floating, check_same_device
 
 from ._checks import check_shape
 from ._convolution import Conv, Convolution
-from ._parts import fill_gate_bias, reset_parameters
+from ._parts import fill_gate_bias, norm_input, reset_parameters
 
 __all__ = ["MinGRUDirection", "MinGRULayer", "check_read", "projection", "scan"]
 
@@ -163,12 +163,15 @@ class MinGRUDirection(nn.Module):
 class MinGRULayer(MinGRUDirection):
     """A direction over norm(x), a second one beside it where bidirectional, plus res_align(x) if there is one."""
 
+    normalises: Final[bool]
+
     def __init__(
         self, *sizes: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
     ) -> None:
         super().__init__(*sizes, backwards=False, norm=norm, **options)
         self.reverse = MinGRUDirection(*sizes, backwards=True, **options) if bidirectional else None
         self.res_align = res_align
+        self.normalises = not isinstance(norm, nn.Identity)
 
     def forward(
         self,
@@ -185,7 +188,7 @@ class MinGRULayer(MinGRUDirection):
         if i == 0 and not torch.jit.is_scripting():
             check_read(x, self.gate_hidden)
         frames = x.flatten(0, 1)
-        read = self.norm(frames)
+        read = self.norm(norm_input(frames) if self.normalises else frames)
         out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
         states = [h_n]
         if self.reverse is not None:

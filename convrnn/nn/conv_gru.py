@@ -23,7 +23,7 @@ from ._checks import (
 from ._convolution import Conv, Sizes, as_convolutions
 from ._gru_layer import GRULayer
 from ._masks import blank, read_masks, resets_before
-from ._parts import Norm, described, make_norm, reset_parameters
+from ._parts import Norm, described, make_norm, norm_input, reset_parameters
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d"]
 
@@ -263,7 +263,8 @@ class ConvGRU(nn.Module):
             if i > 0:
                 x = F.dropout(x, self.dropout, self.training)
             frames = x.flatten(0, 1)
-            read = self.norms[i](frames).unflatten(0, x.shape[:2])
+            norm = self.norms[i]
+            read = norm(frames if isinstance(norm, nn.Identity) else norm_input(frames)).unflatten(0, x.shape[:2])
             given = [None, None] if h is None else self._checked_states(i, h, x)
             out, h_n = layer(read, given[0], live, reset)
             states.append(h_n)

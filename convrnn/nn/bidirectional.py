@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
-from ._masks import live_frames, resets_before, reverse, run_packed
+from ._inputs import run_other
+from ._masks import live_frames, resets_before, reverse
 from ._parts import reset_parameters
 from .conv_gru import ConvGRU
 from .conv_gru_cell import SepConvGRUCell
@@ -84,8 +84,8 @@ class Bidirectional(nn.Module):
         the other side of the cut: at frame t-1, where the forward direction does at t.
 
         Args:
-            x: the sequence, as ``rnn`` takes it, or one frame; over minGRU a PackedSequence too, over StackedGRU_RCN
-                the list of each level's maps.
+            x: the sequence, as ``rnn`` takes it, a PackedSequence too, or one frame; over StackedGRU_RCN the list of
+                each level's maps.
             h: initial states of the forward direction, then those of the backward direction, as ``rnn`` takes them
                 (GRU_RCN: [h_fwd, h_bwd]); None for the states of :meth:`init_hidden_state`.
             lengths: (B,) integers, frames of each row, as ``rnn`` takes them.
@@ -100,11 +100,12 @@ class Bidirectional(nn.Module):
             TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
             ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
-        if not torch.jit.is_scripting():
-            if isinstance(x, PackedSequence):
-                return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
-            if self.takes_levels:
-                return self._run_levels(x, h, lengths, reset)
+        if not torch.jit.is_scripting() and not isinstance(x, Tensor):
+            found = run_other(self, Bidirectional.forward, x, h, lengths, reset, self.time_dim == 1)
+            if found is not None:
+                return found
+        if not torch.jit.is_scripting() and self.takes_levels:
+            return self._run_levels(x, h, lengths, reset)
         outs, states = self._run([x], isinstance(x, Tensor) and x.dim() == self.frame_dims, h, lengths, reset)
         return outs[0], states
 

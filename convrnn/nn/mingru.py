@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from convrnn.ops._codes import encode
 
@@ -21,7 +20,8 @@ from ._checks import (
     check_states,
 )
 from ._convolution import Convolution
-from ._masks import blank, read_masks, resets_before, run_packed
+from ._inputs import check_step, run_other
+from ._masks import blank, read_masks, resets_before
 from ._mingru_layer import MinGRULayer, check_read, projection, scan
 from ._parts import Norm, described, make_feature_norm, make_norm
 
@@ -82,8 +82,10 @@ class MinGRUBase(nn.Module):
             ValueError: a shape, the number of states or a mask's device does not fit, or a PackedSequence has
                 ``lengths`` beside it.
         """
-        if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            return run_packed(self, x, h, lengths, reset, self.batch_first)
+        if not torch.jit.is_scripting() and not isinstance(x, Tensor):
+            found = run_other(self, MinGRUBase.forward, x, h, lengths, reset, self.batch_first)
+            if found is not None:
+                return found
         frame = check_sequence(x, self.layout, self.input_size)
         if frame:
             x = x.unsqueeze(1)
@@ -124,9 +126,8 @@ class MinGRUBase(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-        if x.dim() != self.layout.count(","):
+        check_step(x)
+        if isinstance(x, Tensor) and x.dim() != self.layout.count(","):
             raise ValueError(f"x must be one frame {self.layout.replace('S, ', '', 1)}, got shape {list(x.shape)}")
         return self(x, h, reset=reset)
 

@@ -1,6 +1,7 @@
 """One convolutional GRU layer in one direction: what GRU_RCN, StackedGRU_RCN and the ConvGRU family are made of."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -84,15 +85,16 @@ class GRUParameters(nn.Module):
     with ``reset_after``; ``h0``; the depthwise kernels of separable convolutions. Arguments are taken as checked.
     """
 
-    W: Tensor
-    U: Tensor
-    C: Tensor
-    W_depthwise: Tensor | None
-    U_depthwise: Tensor | None
-    C_depthwise: Tensor | None
-    bias: Tensor | None
-    recurrent_bias: Tensor | None
-    h0: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
+        W: Tensor
+        U: Tensor
+        C: Tensor
+        W_depthwise: Tensor | None
+        U_depthwise: Tensor | None
+        C_depthwise: Tensor | None
+        bias: Tensor | None
+        recurrent_bias: Tensor | None
+        h0: Tensor | None
 
     def __init__(
         self,

@@ -55,10 +55,11 @@ def check_read(x: Tensor, reader: nn.Module) -> None:
 class MinGRUDirection(nn.Module):
     """h' = (1-z).h + z.g(hidden) with [gate, hidden] = gate_hidden(x), or minLSTM's, in one direction of time."""
 
-    h0: Tensor | None
     lstm: Final[bool]
     batch_first: Final[bool]
     backwards: Final[bool]
+    if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
+        h0: Tensor | None
 
     def __init__(
         self,

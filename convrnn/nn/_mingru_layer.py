@@ -75,6 +75,7 @@ class MinGRUDirection(nn.Module):
         learn_h0: bool,
         batch_first: bool,
         backwards: bool,
+        out_proj: bool = False,
         norm: nn.Module | None = None,
         **factory: Any,
     ) -> None:
@@ -86,7 +87,8 @@ class MinGRUDirection(nn.Module):
         self.size, self.lstm, self.batch_first, self.backwards = size, lstm, batch_first, backwards
         self.gate_bias, self.chrono_max = gate_bias, chrono_max
         self.gate_hidden = projection(convolution, size_in, size, 3 if lstm else 2, bias, **factory)
-        self.out_proj = None if size == size_out else projection(pixel, size, size_out, 1, False, **factory)
+        projects = out_proj or size != size_out
+        self.out_proj = projection(pixel, size, size_out, 1, False, **factory) if projects else None
         self.register_parameter("h0", nn.Parameter(torch.empty(size, *ones, **factory)) if learn_h0 else None)
         self.reset_own()
 

@@ -151,6 +151,7 @@ class MinGRUStack(MinGRUBase):
         dropout: float,
         residual: bool,
         expand: float,
+        out_proj: bool,
         gate_bias: float | str | None,
         chrono_max: int | None,
         learn_h0: bool,
@@ -163,6 +164,7 @@ class MinGRUStack(MinGRUBase):
         start, self.chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, bias)
         self.gate_bias, self.learn_h0 = None if gate_bias is None else start, as_bool("learn_h0", learn_h0)
         self.norm, self.expand = norm, as_positive("expand", expand)
+        self.out_proj = as_bool("out_proj", out_proj)
         self.hidden_sizes = sizes[1:]
         self.dropout = as_probability("dropout", dropout)
         self.layers = nn.ModuleList()
@@ -186,6 +188,7 @@ class MinGRUStack(MinGRUBase):
                 res_align=res_align,
                 bidirectional=bidirectional,
                 batch_first=batch_first,
+                out_proj=out_proj,
                 lstm=self.lstm,
                 bias=bias,
                 gate_bias=self.gate_bias,
@@ -306,6 +309,7 @@ class MinGRU(MinGRUStack):
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a Linear without bias where their sizes differ.
         expand: features of the state for each of the output, rounded down and at least 1; a Linear without bias brings them back.
+        out_proj: have that Linear where the numbers of features agree, too.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
             draws it as the other biases.
         chrono_max: the longest dependency expected, in steps, for 'chrono'.
@@ -342,6 +346,7 @@ class MinGRU(MinGRUStack):
         dropout: float = 0.0,
         residual: bool = False,
         expand: float = 1.0,
+        out_proj: bool = False,
         gate_bias: float | str | None = None,
         chrono_max: int | None = None,
         learn_h0: bool = False,
@@ -359,6 +364,7 @@ class MinGRU(MinGRUStack):
             dropout=dropout,
             residual=residual,
             expand=expand,
+            out_proj=out_proj,
             gate_bias=gate_bias,
             chrono_max=chrono_max,
             learn_h0=learn_h0,

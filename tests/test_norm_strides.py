@@ -10,6 +10,11 @@ from torch import nn
 
 import convrnn
 from convrnn.nn._parts import norm_input
+from examples.next_frame import ModelConfig as PredictorConfig
+from examples.next_frame import Predictor
+from examples.video_model import RNNS, ModelConfig, VideoClassifier
+
+from .modules import Stacked
 
 pytestmark = pytest.mark.compiled  # of the layers' own code, which the backends share
 
@@ -53,6 +58,8 @@ LAYERS = {
     "ConvGRUCell": (lambda c, **kw: convrnn.ConvGRUCell(c, 4, 3, norm=Functional, cell_norm=Functional, **kw), (5, 6)),
     "SepConvGRUCell": (lambda c, **kw: convrnn.SepConvGRUCell(c, 4, 3, norm="layer", cell_norm=True, **kw), (5, 6)),
     "GRU_RCN": (lambda c, **kw: convrnn.GRU_RCN(c, 4, 3, **kw), (5, 6)),
+    "StackedGRU_RCN": (lambda c, **kw: Stacked([c, c], [4, 4], 3, **kw), (5, 6)),
+    "MinConv2dGRUCell": (lambda c, **kw: convrnn.MinConv2dGRUCell(c, 4, 3, padding=1, **kw), (5, 6)),
     "MinGRU": (lambda c, **kw: convrnn.MinGRU(c, [4, 4], norm=True, **kw), ()),
     "MinLSTM": (lambda c, **kw: convrnn.MinLSTM(c, [4, 4], norm="rms", bidirectional=True, **kw), ()),
     "MinConv1dGRU": (lambda c, **kw: convrnn.MinConv1dGRU(c, [4, 4], 3, paddings="same", norm=True, **kw), (6,)),
@@ -142,6 +149,20 @@ def test_frozen_convolutions_under_a_norm_that_learns():
     found = results(rnn, x)
     assert len(found) == 8
     check(found, results(rnn.double().to(memory_format=torch.contiguous_format), contiguous(x, torch.float64)))
+
+
+@pytest.mark.parametrize("rnn", RNNS)
+def test_models_of_the_examples(rnn):
+    frames = torch.randint(0, 256, (B, T, 32, 32, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    classifier, predictor = VideoClassifier(ModelConfig(3, rnn)), Predictor(PredictorConfig(rnn, 8, 2))
+    for model, x in ((classifier, frames), (predictor, frames.float() / 255)):
+        parameters, found = list(model.parameters()), []
+        for clip in (x, x.contiguous()):
+            torch.manual_seed(0)
+            out = model(clip)
+            out = out if isinstance(out, torch.Tensor) else out[0]
+            found.append([out, *torch.autograd.grad(out.square().sum(), parameters)])
+        check(*found)
 
 
 GRAPHS = [

@@ -62,7 +62,7 @@ def norm_input(x: Tensor) -> Tensor:
     frames does ask. Contiguous frames, strides of dimensions of size one included, take another kernel, which is also
     the faster one.
     """
-    if x.device.type != "cpu" or x.dim() < 4:
+    if not x.is_cpu or x.dim() < 4:
         return x
     # Contiguous frames have a pixel's stride of 1 and a larger one of a channel, unless they are single pixels. A graph
     # that is recorded from them meets others later.

@@ -48,7 +48,7 @@ library = CppExtension(
 )
 
 setup(
-    packages=["convrnn", "convrnn.kernels", "convrnn.nn", "convrnn.ops"],
+    packages=["convrnn", "convrnn.convert", "convrnn.kernels", "convrnn.nn", "convrnn.ops"],
     package_dir={"convrnn": "convrnn", "convrnn.kernels": "kernels"},
     package_data={"convrnn": ["py.typed"]},
     include_package_data=False,  # else the C++ sources travel in the wheel

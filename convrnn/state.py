@@ -6,10 +6,12 @@ state of the same structure and leaves the given one as it is.
 """
 
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .nn._checks import as_int
@@ -133,8 +135,9 @@ def truncated_bptt(
         reset: bool of the shape of x's first two dimensions, as the layer takes it.
 
     Raises:
-        TypeError: ``x`` is no Tensor and no list of them, or a mask no Tensor of its dtype.
-        ValueError: ``steps`` is not positive, the Tensors of ``x`` differ in their frames, or the shape or device of a
+        TypeError: ``steps`` or ``time_dim`` is no int, ``x`` no Tensor and no list of them, or a mask no Tensor of its
+            dtype.
+        ValueError: ``steps`` is not positive, ``x`` has no such dimension, the Tensors of ``x`` differ in their frames, or the shape or device of a
             mask does not fit.
 
     Source:
@@ -149,12 +152,15 @@ def truncated_bptt(
         >>> span, out.shape
         (slice(4, 5, None), torch.Size([2, 1, 4, 6, 6]))
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive int, got {steps!r}")
+    steps = as_int("steps", steps, 1)
     leaves = tree_flatten(x)[0]
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+    if isinstance(x, PackedSequence) or not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError(f"x must be a Tensor or a list of Tensors, got {type(x).__name__}")
-    first, total = leaves[0], leaves[0].shape[time_dim]
+    first = leaves[0]
+    time_dim = as_int("time_dim", time_dim, -first.dim())
+    if time_dim >= first.dim():
+        raise ValueError(f"time_dim must be less than the {first.dim()} dimensions of x, got {time_dim}")
+    total = first.shape[time_dim]
     if any(leaf.shape[time_dim] != total for leaf in leaves):
         raise ValueError(
             f"x must hold Tensors of one number of frames at dim {time_dim}, got {[leaf.shape[time_dim] for leaf in leaves]}"
@@ -202,8 +208,8 @@ def _check_index(name: str, index: Tensor) -> None:
 def _with_initial(change: Callable[[Tensor, Tensor], Tensor], state: Any, initial: Any) -> Any:
     """Maps ``change`` over the state's tensors and their initial values, of the dtype and device of the state."""
     leaves, structure = tree_flatten(_checked(state))
-    if isinstance(initial, (int, float)):
-        firsts = [h.new_full((), initial) for h in leaves]
+    if isinstance(initial, Real):
+        firsts = [h.new_full((), float(initial)) for h in leaves]
     else:
         firsts, other = tree_flatten(initial)
         if other != structure or not all(isinstance(first, Tensor) for first in firsts):

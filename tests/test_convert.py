@@ -170,6 +170,30 @@ def test_bad_layouts(parts, options, message):
         convert.from_gates(layer.state_dict(), [Gates(*part) for part in parts], **options)
 
 
+CONVERTERS = [name for name in convert.__all__ if name.startswith("from_")]
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_a_module_stands_for_its_state_dict(name):
+    gates = {name: conv(IN + C, C) for name in ("convz", "convr", "convq", "update_gate", "reset_gate", "out_gate")}
+    pairs = {"conv_gates": conv(IN + C, 2 * C), "conv_can": conv(IN + C, C)}
+    matting = {"ih": nn.Sequential(conv(2 * C, 2 * C)), "hh": nn.Sequential(conv(2 * C, C))}
+    module = {
+        "from_ballas2016": convrnn.GRU_RCN(IN, C, 3),
+        "from_mingru": convrnn.MinGRU(IN, C),
+        "from_mingru_pytorch": nn.ModuleDict({"to_hidden_and_gate": nn.Linear(IN, 2 * C, bias=False)}),
+    }.get(name, nn.ModuleDict(gates | pairs | matting))
+    convolutions = [[Gates("conv_gates", "rz", "xh"), Gates("conv_can", "c", "xh")]] if name == "from_gates" else []
+    converter = getattr(convert, name)
+    found, expected = (converter(given, *convolutions).state_dict() for given in (module, module.state_dict()))
+    assert_close(found, expected)
+    own = {tensor.data_ptr() for tensor in module.state_dict().values()}
+    assert not any(tensor.data_ptr() in own for tensor in found.values())  # a copy
+    for wrong in (None, ["weight"], "checkpoint.pt"):
+        with pytest.raises(TypeError, match=r"state_dict must be a module, its state_dict\(\) or a mapping .*, got "):
+            converter(wrong, *convolutions)
+
+
 def test_other_checkpoints_are_refused():
     for function, message in [
         (convert.from_ballas2016, "state_dict must hold kernels W, U and C, got no W, U, C"),

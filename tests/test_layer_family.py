@@ -147,6 +147,16 @@ def test_integers_of_numpy_are_shown_as_ints(kind):
     assert shown.endswith(", ".join(f"{name}=2" for name in groups))
 
 
+def test_numbers_of_numpy_are_taken_as_numbers():
+    given = {"hidden_sizes": [np.int32(4), np.int64(6)], "dropout": np.float32(0.5), "gate_bias": np.float32(-1.0)}
+    rnn = convrnn.ConvGRU(np.int64(4), kernel_sizes=np.int64(3), strides=np.uint8(2), zoneout=np.float64(0.5), **given)
+    assert rnn.extra_repr() == (
+        "4, [4, 6], [(3, 3), (3, 3)], strides=[(2, 2), (2, 2)], dropout=0.5, zoneout=0.5, gate_bias=-1.0"
+    )
+    rnn = convrnn.MinGRU(np.int64(4), expand=np.int64(2), chrono_max=np.int64(9), **{**given, "gate_bias": "chrono"})
+    assert rnn.extra_repr() == "4, [4, 6], dropout=0.5, expand=2.0, gate_bias='chrono', chrono_max=9"
+
+
 def test_none_and_false_are_one_norm():
     assert convrnn.ConvGRU(4, 6, 3, norm=False, cell_norm=False).extra_repr() == "4, [6], [(3, 3)]"
     assert convrnn.MinGRU(4, 6, norm=None).extra_repr() == "4, [6]"

@@ -2,15 +2,27 @@
 
 import copy
 import doctest
+import inspect
 import io
 import pickle
 import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from convrnn import GRU_RCN, Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell, StackedGRU_RCN
+from convrnn import (
+    GRU_RCN,
+    Bidirectional,
+    ConvGRU,
+    MinConv2dGRU,
+    MinConv2dGRUCell,
+    MinGRU,
+    MinGRUCell,
+    SepConvGRUCell,
+    StackedGRU_RCN,
+)
 
 B, L, SIZE = 2, 4, 3
 CASES = {
@@ -110,6 +122,55 @@ def test_gradients_reach_shared_weights_from_both_directions(case, device):
     total = torch.autograd.grad((shared(x, h)[0] * noise).sum(), list(shared.parameters()))
     split = torch.autograd.grad((own(x, h)[0] * noise).sum(), list(own.parameters()))
     assert_close(list(total), [a + b for a, b in zip(split[: len(total)], split[len(total) :], strict=True)])
+
+
+OFFERED = {
+    "GRU_RCN": (
+        lambda: GRU_RCN(3, 4, (3, 5), recompute=True),
+        {"in_channels": 3, "nb_kernels": 4, "kernel_size": (3, 5)},
+    ),
+    "StackedGRU_RCN": (lambda: StackedGRU_RCN([3, 2], [4, 5], 3), {"in_channels": [3, 2], "nb_kernels": [4, 5]}),
+    "ConvGRU": (
+        lambda: ConvGRU(3, [4, 5], [3, (3, 5)], strides=[1, 2], norm=nn.InstanceNorm2d, zoneout=0.1, batch_first=False),
+        {"input_size": 3, "hidden_sizes": [4, 5], "num_layers": 2, "kernel_sizes": [(3, 3), (3, 5)], "zoneout": 0.1},
+    ),
+    "SepConvGRUCell": (lambda: SepConvGRUCell(3, 4), {"input_size": 3, "hidden_size": 4, "kernel_size": 5}),
+    "MinGRU": (
+        lambda: MinGRU(3, [4, 5], norm=True, dropout=0.1),
+        {"input_size": 3, "hidden_sizes": [4, 5], "layer_sizes": (3, 4, 5), "num_layers": 2, "dropout": 0.1},
+    ),
+    "MinGRUCell": (lambda: MinGRUCell(3, 4, bias=False), {"hidden_size": 4, "layer_sizes": (3, 4), "bias": False}),
+    "MinConv2dGRU": (
+        lambda: MinConv2dGRU(3, [4, 5], 3, paddings="same", residual=True),
+        {"layer_sizes": (3, 4, 5), "kernel_sizes": [(3, 3), (3, 3)], "paddings": "same", "spatial_dims": 2},
+    ),
+    "MinConv2dGRUCell": (lambda: MinConv2dGRUCell(3, 4, 3, padding=1), {"layer_sizes": (3, 4), "padding": (1, 1)}),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", OFFERED)
+def test_it_offers_what_the_layer_offers(name):
+    make, values = OFFERED[name]
+    rnn = make()
+    both = Bidirectional(rnn)
+    names = {name for name in inspect.signature(type(rnn)).parameters if hasattr(rnn, name)} | {"batch_first"}
+    for argument in names - {"bidirectional"}:
+        if not (name == "GRU_RCN" and argument == "bias"):  # a parameter, which the layer keeps
+            assert getattr(both, argument) == getattr(rnn, argument)
+    assert both.bidirectional is True
+    assert {name: getattr(both, name) for name in values} == values
+    assert [*both.state_dict()] == [f"rnn.{key}" for key in rnn.state_dict()]
+    if both.scriptable:
+        torch.jit.save(torch.jit.script(both), buffer := io.BytesIO())
+        for scripted in (torch.jit.script(both), torch.jit.load(io.BytesIO(buffer.getvalue()))):
+            assert {name: getattr(scripted, name) for name in values} == values
+
+
+@pytest.mark.parametrize("case", ["mingru", "conv", "gru_rcn"])
+def test_num_states_counts_both_directions(case, device):
+    rnn = build(case, False, device)
+    assert len(rnn(inputs(case, rnn, device)[0])[1]) == rnn.num_states
 
 
 @pytest.mark.compiled

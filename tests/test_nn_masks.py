@@ -1,4 +1,4 @@
-"""Lengths, resets, single frames and packed sequences of all layers and of Bidirectional over them.
+"""Lengths, resets and single frames of all layers and of Bidirectional over them.
 
 test_layer_properties.py draws them at random.
 """
@@ -6,7 +6,7 @@ test_layer_properties.py draws them at random.
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 from convrnn import (
@@ -205,54 +205,6 @@ def test_one_frame_in_both_directions(case, device):
     assert_close((out, states), (clip[:, 0], expected))
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_packed_sequences_are_the_same_time_first(both, device):
-    kind = (lambda **kw: Bidirectional(MinGRU(SIZE, 5, **kw))) if both else (lambda **kw: MinGRU(SIZE, 5, **kw))
-    rnn, other = kind(device=device), kind(device=device, batch_first=False)
-    other.load_state_dict(rnn.state_dict())
-    packed = pack_sequence([torch.randn(n, SIZE, device=device) for n in (2, 5, 1)], enforce_sorted=False)
-    reset = torch.rand(3, 5, device=device) < 0.5
-    (ours, states), (theirs, expected) = other(packed, reset=reset.T), rnn(packed, reset=reset)
-    assert_close((ours.data, states), (theirs.data, expected))
-
-
-@pytest.mark.compiled  # the order of rows, which no kernel sees
-@pytest.mark.parametrize("given", ["sorted", "unsorted"])
-@pytest.mark.parametrize("case", ["cell", "layers", "conv_layers", "both"])
-def test_packed_sequences_as_torch_takes_them(case, given, device):
-    rnn, x, h = build(case, device)
-    rows = [x[0, :2], x[1, :5], x[2, :1]]
-    if given == "sorted":
-        rows = [rows[1], rows[0], rows[2]]
-    lengths = torch.tensor([len(row) for row in rows])
-    packed = pack_sequence(rows, enforce_sorted=given == "sorted")
-    out, states = rnn(packed, h)
-    assert isinstance(out, PackedSequence) and torch.equal(out.batch_sizes, packed.batch_sizes)
-    padded, sizes = pad_packed_sequence(out, batch_first=True)
-    assert sizes.tolist() == lengths.tolist()
-    for i, row in enumerate(rows):
-        alone, last = rnn(row[None], [state[i : i + 1] for state in h])
-        assert_close(padded[i, : len(row)], alone[0])
-        assert_close([state[i : i + 1] for state in states], last)
-    assert_close(rnn(packed)[1], rnn(packed, rnn.init_hidden_state(x))[1])
-    reset = torch.rand(B, 5, device=device) < 0.5
-    batch, _ = pad_packed_sequence(packed, batch_first=True)
-    expected, expected_states = rnn(batch, h, lengths=lengths, reset=reset)
-    out, states = rnn(packed, h, reset=reset)
-    assert_close((pad_packed_sequence(out, batch_first=True)[0], states), (expected, expected_states))
-
-
-def test_packed_sequences_have_the_order_of_torch_gru(device):
-    """What comes back fits what torch.nn.GRU returns for the same batch, entry by entry."""
-    rnn, x, _ = build("layers", device)
-    packed = pack_padded_sequence(x, torch.tensor([2, 6, 3]), batch_first=True, enforce_sorted=False)
-    theirs, h_n = nn.GRU(SIZE, 3, batch_first=True, device=device, dtype=x.dtype)(packed)
-    ours, states = rnn(packed)
-    assert ours.data.shape == theirs.data.shape and states[1].shape[0] == h_n.shape[1]
-    for a, b in zip(ours[1:], theirs[1:], strict=True):
-        assert torch.equal(a, b)
-
-
 def test_bidirectional_passes_masks_to_conv_gru(device):
     torch.manual_seed(0)
     options = {"hidden_sizes": 3, "kernel_sizes": 3, "device": device, "dtype": torch.float64}
@@ -369,8 +321,6 @@ FLAGS = torch.zeros(B, T, dtype=torch.bool)
 @pytest.mark.parametrize("case", ["cell", "layers", "conv_sep", "both", "both_rcn"])
 def test_bad_calls(case, error, message, call):
     rnn, x, _ = build(case, "cpu")
-    if case == "conv_sep" and "PackedSequence" in message:
-        error, message = TypeError, "x must be a Tensor .* got PackedSequence"
     with pytest.raises(error, match=message):
         call(rnn, x)
 

@@ -1,7 +1,9 @@
 """convrnn.state on the states of both families: rows reset, reordered, added and removed, history cut."""
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 import convrnn
@@ -11,6 +13,7 @@ pytestmark = pytest.mark.compiled  # nothing here asks which kernel computes
 
 B, T = 3, 5
 CLIP = torch.ones(2, 4, 3)
+PACKED = pack_sequence([CLIP[0], CLIP[1, :2]], enforce_sorted=False)
 LAYERS = {
     "ConvGRU": lambda: convrnn.ConvGRU(2, [4, 3], 3, strides=[1, 2], learn_h0=True, bidirectional=True, bias=True),
     "MinConv2dGRU": lambda: convrnn.MinConv2dGRU(2, [4, 3], 3, paddings=1),
@@ -101,7 +104,19 @@ def test_nests_and_numbers():
             "state must hold Tensors of one",
         ),
         (lambda h: next(state.truncated_bptt(None, 3.0, 1)), TypeError, "x must be a Tensor or a list of .* got float"),
-        (lambda h: next(state.truncated_bptt(None, h[0], 0)), ValueError, "steps must be a positive int, got 0"),
+        (lambda h: next(state.truncated_bptt(None, h[0], 0)), ValueError, "steps must be at least 1, got 0"),
+        (lambda h: next(state.truncated_bptt(None, CLIP, 2.0)), TypeError, "steps must be an int, got 2.0"),
+        (
+            lambda h: next(state.truncated_bptt(None, CLIP, 2, time_dim=3)),
+            ValueError,
+            "time_dim must be less than the 3 d",
+        ),
+        (lambda h: next(state.truncated_bptt(None, CLIP, 2, time_dim=-4)), ValueError, "time_dim must be at least -3"),
+        (
+            lambda h: next(state.truncated_bptt(None, PACKED, 2)),
+            TypeError,
+            "x must be a Tensor or a list of Tensors, got PackedSequence",
+        ),
         (
             lambda h: next(state.truncated_bptt(None, [CLIP, CLIP[:, 1:]], 2)),
             ValueError,
@@ -150,3 +165,16 @@ def test_truncated_bptt_takes_sequences_of_tokens():
 
     found = [out.tolist() for _, out, _ in state.truncated_bptt(rnn, torch.arange(5), 2, time_dim=0)]
     assert found == [[1, 2], [3, 4], [5]]
+
+
+def test_numbers_of_numpy():
+    rnn, x = convrnn.MinGRU(3, 4), torch.randn(2, 5, 3)
+    chunks = state.truncated_bptt(rnn, x, np.int64(2), time_dim=np.int32(1))
+    assert [(span.start, span.stop, out.shape[1]) for span, out, _ in chunks] == [(0, 2, 2), (2, 4, 2), (4, 5, 1)]
+    h = [torch.ones(2, 3)]
+    assert torch.equal(
+        state.resize(h, np.int64(3), np.float32(0.5))[0], torch.tensor([[1.0] * 3, [1.0] * 3, [0.5] * 3])
+    )
+    assert torch.equal(
+        state.reset(h, torch.tensor([True, False]), np.int64(0))[0], torch.tensor([[0.0] * 3, [1.0] * 3])
+    )

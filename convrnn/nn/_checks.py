@@ -2,6 +2,7 @@
 
 import math
 import operator
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ def as_sizes(name: str, value: Any) -> list[int]:
 
 def as_tuples(name: str, value: Any, minimum: int, num_layers: int, dims: int) -> list[tuple[int, ...]]:
     """Returns an int for all layers, or a list with an int or a tuple per layer, as one tuple per layer."""
-    return [as_tuple(*entry, minimum, dims) for entry in _per_layer(name, value, num_layers)]
+    return [as_tuple(*entry, minimum, dims) for entry in _per_layer(name, value, num_layers, dims)]
 
 
 def as_ints(name: str, value: Any, num_layers: int) -> list[int]:
@@ -58,13 +59,18 @@ def as_ints(name: str, value: Any, num_layers: int) -> list[int]:
     return [as_int(*entry, 1) for entry in _per_layer(name, value, num_layers)]
 
 
-def _per_layer(name: str, value: Any, num_layers: int) -> list[tuple[str, Any]]:
-    """Returns the name and the value of each layer's entry."""
+def _per_layer(name: str, value: Any, num_layers: int, dims: int | None = None) -> list[tuple[str, Any]]:
+    """Returns the name and the value of each layer's entry, which may be a tuple of an int for each of ``dims``."""
     if not isinstance(value, (tuple, list)):
         return [(name, value)] * num_layers
     if len(value) != num_layers:
+        hint = ""
+        if len(value) == dims and not any(isinstance(entry, (tuple, list)) for entry in value):
+            one = f"[{(*value,)}]" if num_layers == 1 else f"[{(*value,)}] * {num_layers}"
+            hint = f"; for a size in each dimension, the same in every layer, write {one}"
         raise ValueError(
-            f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {len(value)}: {value!r}"
+            f"{name} must be an int or hold one entry for each of the {num_layers} layers, "
+            f"got {len(value)}: {value!r}{hint}"
         )
     return [(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
 
@@ -90,7 +96,7 @@ def as_gate_bias(value: Any, chrono_max: Any, bias: bool) -> tuple[float | str, 
         if chrono_max is None:
             raise ValueError("chrono_max must be an int with gate_bias='chrono', got None")
         chrono_max = as_int("chrono_max", chrono_max, 3)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"gate_bias must be a float or 'chrono', got {value!r} of type {type(value).__name__}")
     elif chrono_max is not None:
         raise ValueError(f"chrono_max must be None without gate_bias='chrono', got {chrono_max!r}")
@@ -98,7 +104,7 @@ def as_gate_bias(value: Any, chrono_max: Any, bias: bool) -> tuple[float | str, 
         raise ValueError(f"gate_bias must be finite, got {value}")
     if value != 0.0 and not bias:
         raise ValueError(f"gate_bias must be 0 with bias=False, got {value!r}")
-    return value, chrono_max
+    return value if isinstance(value, str) else float(value), chrono_max
 
 
 def as_probability(name: str, value: Any) -> float:
@@ -116,10 +122,10 @@ def as_positive(name: str, value: Any) -> float:
 
 
 def _as_number(name: str, value: Any) -> float:
-    """Returns ``value``, which must be an int or a float; bool is neither."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Returns ``value``, which must be a real number, one of numpy's too, as a float; bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
-    return value
+    return float(value)
 
 
 def check_input(x: Tensor, layout: str, channels: int) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -187,10 +187,11 @@ class Conv(nn.Module):
     (channels, 1, *kernel) beside a ``weight`` of single pixels. Drawn as those of ``torch.nn.Conv2d``. Scriptable.
     """
 
-    weight: Tensor
-    depthwise: Tensor | None
-    bias: Tensor | None
     outer: list[int]  # an empty list does not tell TorchScript its type
+    if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
+        weight: Tensor
+        depthwise: Tensor | None
+        bias: Tensor | None
 
     def __init__(
         self,

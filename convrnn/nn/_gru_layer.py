@@ -1,6 +1,7 @@
 """One convolutional GRU layer in one direction: what GRU_RCN, StackedGRU_RCN and the ConvGRU family are made of."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from convrnn.ops.gru_rcn import coded_gru_rcn
 
 from ..kernels.layout import state_dtype
 from ._convolution import Convolution
-from ._parts import Norm, fill_gate_bias, make_norm, reset_parameters
+from ._parts import Norm, fill_gate_bias, make_norm, norm_input, reset_parameters
 
 __all__ = ["GRULayer", "GRUParameters"]
 
@@ -84,15 +85,16 @@ class GRUParameters(nn.Module):
     with ``reset_after``; ``h0``; the depthwise kernels of separable convolutions. Arguments are taken as checked.
     """
 
-    W: Tensor
-    U: Tensor
-    C: Tensor
-    W_depthwise: Tensor | None
-    U_depthwise: Tensor | None
-    C_depthwise: Tensor | None
-    bias: Tensor | None
-    recurrent_bias: Tensor | None
-    h0: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
+        W: Tensor
+        U: Tensor
+        C: Tensor
+        W_depthwise: Tensor | None
+        U_depthwise: Tensor | None
+        C_depthwise: Tensor | None
+        bias: Tensor | None
+        recurrent_bias: Tensor | None
+        h0: Tensor | None
 
     def __init__(
         self,
@@ -246,5 +248,5 @@ class GRULayer(GRUParameters):
 
     def _normalise(self, norm: nn.Module | None, x: Tensor, bias: Tensor | None) -> Tensor:
         """The bias comes last: a normalisation over the channels of a gate would take a constant of theirs away."""
-        x = x if norm is None else norm(x)
+        x = x if norm is None else norm(norm_input(x))
         return x if bias is None else x + bias.view(-1, *(1 for _ in self.recurrent.kernel))

@@ -1,14 +1,9 @@
-"""Which frames of a batch are there and where its sequences begin: lengths, resets and packed sequences of all layers."""
-
-from typing import Any
+"""Which frames of a batch are there and where its sequences begin: lengths and resets of all layers. Scriptable."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch import Tensor
 
 from convrnn.ops._check import check_mask
-
-# All but run_packed is scriptable.
 
 
 def read_masks(
@@ -62,26 +57,3 @@ def resets_before(reset: Tensor) -> Tensor:
     """Returns the cuts (B, T) as the other direction meets them: frame t-1 begins anew where frame t does in this one."""
     t = torch.arange(reset.shape[1], device=reset.device)
     return reset.roll(-1, 1) & (t < reset.shape[1] - 1)  # a slice would tie torch.export to more than two frames
-
-
-def run_packed(
-    rnn: nn.Module,
-    x: PackedSequence,
-    h: list[Tensor] | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    batch_first: bool,
-) -> Any:
-    """Runs ``rnn`` over a PackedSequence; h and ``reset`` have the rows in the order of the batch, as what comes back."""
-    if lengths is not None:
-        raise ValueError("lengths must be None with a PackedSequence, which has its own, got a value")
-    order, back = x.sorted_indices, x.unsorted_indices
-    # In the order of the lengths, as torch.nn.GRU: turning them back here would wait for the device.
-    padded, sizes = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes), batch_first=batch_first)
-    if order is not None:
-        h = h if not isinstance(h, (list, tuple)) else [state.index_select(0, order) for state in h]
-        reset = reset if not isinstance(reset, Tensor) else reset.index_select(0 if batch_first else 1, order)
-    out, states = rnn.forward(padded, h, lengths=sizes, reset=reset)
-    data = pack_padded_sequence(out, sizes, batch_first=batch_first).data
-    packed = PackedSequence(data, x.batch_sizes, order, back)
-    return packed, states if back is None else [state.index_select(0, back) for state in states]

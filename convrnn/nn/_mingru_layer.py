@@ -10,7 +10,7 @@ from convrnn.ops._check import autocast_is_on, check_floating, check_same_device
 
 from ._checks import check_shape
 from ._convolution import Conv, Convolution
-from ._parts import fill_gate_bias, reset_parameters
+from ._parts import fill_gate_bias, norm_input, reset_parameters
 
 __all__ = ["MinGRUDirection", "MinGRULayer", "check_read", "projection", "scan"]
 
@@ -55,10 +55,11 @@ def check_read(x: Tensor, reader: nn.Module) -> None:
 class MinGRUDirection(nn.Module):
     """h' = (1-z).h + z.g(hidden) with [gate, hidden] = gate_hidden(x), or minLSTM's, in one direction of time."""
 
-    h0: Tensor | None
     lstm: Final[bool]
     batch_first: Final[bool]
     backwards: Final[bool]
+    if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
+        h0: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class MinGRUDirection(nn.Module):
         learn_h0: bool,
         batch_first: bool,
         backwards: bool,
+        out_proj: bool = False,
         norm: nn.Module | None = None,
         **factory: Any,
     ) -> None:
@@ -85,7 +87,8 @@ class MinGRUDirection(nn.Module):
         self.size, self.lstm, self.batch_first, self.backwards = size, lstm, batch_first, backwards
         self.gate_bias, self.chrono_max = gate_bias, chrono_max
         self.gate_hidden = projection(convolution, size_in, size, 3 if lstm else 2, bias, **factory)
-        self.out_proj = None if size == size_out else projection(pixel, size, size_out, 1, False, **factory)
+        projects = out_proj or size != size_out
+        self.out_proj = projection(pixel, size, size_out, 1, False, **factory) if projects else None
         self.register_parameter("h0", nn.Parameter(torch.empty(size, *ones, **factory)) if learn_h0 else None)
         self.reset_own()
 
@@ -163,12 +166,15 @@ class MinGRUDirection(nn.Module):
 class MinGRULayer(MinGRUDirection):
     """A direction over norm(x), a second one beside it where bidirectional, plus res_align(x) if there is one."""
 
+    normalises: Final[bool]
+
     def __init__(
         self, *sizes: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
     ) -> None:
         super().__init__(*sizes, backwards=False, norm=norm, **options)
         self.reverse = MinGRUDirection(*sizes, backwards=True, **options) if bidirectional else None
         self.res_align = res_align
+        self.normalises = not isinstance(norm, nn.Identity)
 
     def forward(
         self,
@@ -185,7 +191,7 @@ class MinGRULayer(MinGRUDirection):
         if i == 0 and not torch.jit.is_scripting():
             check_read(x, self.gate_hidden)
         frames = x.flatten(0, 1)
-        read = self.norm(frames)
+        read = self.norm(norm_input(frames) if self.normalises else frames)
         out, h_n = self.recur(read, x, None if h is None else h[i], i, codes, resets)
         states = [h_n]
         if self.reverse is not None:

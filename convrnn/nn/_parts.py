@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Norm", "described", "fill_gate_bias", "make_feature_norm", "make_norm", "reset_parameters"]
+__all__ = [
+    "Norm",
+    "described",
+    "fill_gate_bias",
+    "make_feature_norm",
+    "make_norm",
+    "norm_input",
+    "reset_parameters",
+]
 
 Norm = bool | str | Callable[[int], nn.Module] | None
 
@@ -42,6 +50,27 @@ def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> n
     if norm is not True and norm not in ("layer", "rms"):
         raise ValueError(f"{name} must be None, 'layer', 'rms' or a callable features -> Module, got {norm!r}")
     return (nn.RMSNorm if norm == "rms" else nn.LayerNorm)(features, **factory)
+
+
+def norm_input(x: Tensor) -> Tensor:
+    """Returns frames (N, C, *S) as every norm can read them: not channels last on the CPU. Scriptable.
+
+    GroupNorm's CPU backward for images and volumes in a channels-last format (``suggest_memory_format``, which also
+    takes one channel, one pixel or a slice for it) writes the gradient of its input without asking whether there is one.
+    Where nobody wants that gradient, but one of weight or bias, and a frame has fewer than 2048 pixels, the process dies
+    by SIGSEGV. It has been so in every dtype since https://github.com/pytorch/pytorch/pull/89485, whose kernel for larger
+    frames does ask. Contiguous frames, strides of dimensions of size one included, take another kernel, which is also
+    the faster one.
+    """
+    if not x.is_cpu or x.dim() < 4:
+        return x
+    # Contiguous frames have a pixel's stride of 1 and a larger one of a channel, unless they are single pixels. A graph
+    # that is recorded from them meets others later.
+    if torch.jit.is_scripting():
+        anew = x.stride(1) <= x.stride(-1)
+    else:
+        anew = torch.jit.is_tracing() or torch.compiler.is_exporting() or x.stride(1) <= x.stride(-1)
+    return x.flatten(1).view(x.shape) if anew else x
 
 
 def _called(name: str, norm: Callable[[int], nn.Module], channels: int, factory: dict[str, Any]) -> nn.Module:

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from ._checks import check_states
-from ._masks import live_frames, resets_before, reverse, run_packed
+from ._convolution import Convolution
+from ._inputs import run_other
+from ._masks import live_frames, resets_before, reverse
 from ._parts import reset_parameters
 from .conv_gru import ConvGRU
 from .conv_gru_cell import SepConvGRUCell
@@ -29,6 +30,10 @@ class Bidirectional(nn.Module):
     Over a StackedGRU_RCN, x and out are lists with an entry for each level, and what a level takes from the one below
     stays within its direction.
 
+    The arguments and sizes of ``rnn`` as it is wrapped are attributes by the same names: ``input_size``,
+    ``hidden_sizes``, ``layer_sizes``, ``num_layers``, ``kernel_sizes`` and so on, as far as the layer has them; what is
+    learned is in ``rnn``. ``bidirectional`` is True, ``num_states`` counts both directions.
+
     Args:
         rnn: the layer for the forward direction: any of this package that is of one direction.
         backward_rnn: the layer for the backward direction; None shares ``rnn`` and its weights.
@@ -44,8 +49,8 @@ class Bidirectional(nn.Module):
         >>> import torch, convrnn
         >>> rnn = convrnn.Bidirectional(convrnn.MinGRU(3, [4, 8]), convrnn.MinGRU(3, [4, 8]))
         >>> out, h = rnn(torch.rand(2, 5, 3))
-        >>> out.shape, len(h)
-        (torch.Size([2, 5, 16]), 4)
+        >>> out.shape, len(h), rnn.layer_sizes
+        (torch.Size([2, 5, 16]), 4, (3, 4, 8))
     """
 
     single_state: Final[bool]
@@ -53,6 +58,7 @@ class Bidirectional(nn.Module):
     time_dim: Final[int]
     frame_dims: Final[int]
     takes_levels: Final[bool]
+    scriptable: Final[bool]
     if TYPE_CHECKING:  # at run time these are submodules, which TorchScript takes without an annotation
         rnn: Any
         backward_rnn: Any
@@ -67,9 +73,16 @@ class Bidirectional(nn.Module):
                 "a frame, input is a list): "
                 f"expected {kind}, got {other}"
             )
-        self.single_state, self.num_states, self.time_dim, self.frame_dims, self.takes_levels = kind
+        self.single_state, states, self.time_dim, self.frame_dims, self.takes_levels = kind
+        self.num_states, self.bidirectional = 2 * states, True
+        self.scriptable = isinstance(rnn, (GRU_RCN, MinGRUBase))
         self.rnn = rnn
         self.backward_rnn = backward_rnn
+        for name in (*vars(rnn), "spatial_dims"):
+            value = getattr(rnn, name, None)
+            own = name.startswith("_") or isinstance(value, (Tensor, nn.Module, Convolution))
+            if hasattr(rnn, name) and not own and not hasattr(self, name):
+                setattr(self, name, value)
 
     def reset_parameters(self) -> None:
         """Initialises the parameters of both layers anew, as their constructors did."""
@@ -84,8 +97,8 @@ class Bidirectional(nn.Module):
         the other side of the cut: at frame t-1, where the forward direction does at t.
 
         Args:
-            x: the sequence, as ``rnn`` takes it, or one frame; over minGRU a PackedSequence too, over StackedGRU_RCN
-                the list of each level's maps.
+            x: the sequence, as ``rnn`` takes it, a PackedSequence too, or one frame; over StackedGRU_RCN the list of
+                each level's maps.
             h: initial states of the forward direction, then those of the backward direction, as ``rnn`` takes them
                 (GRU_RCN: [h_fwd, h_bwd]); None for the states of :meth:`init_hidden_state`.
             lengths: (B,) integers, frames of each row, as ``rnn`` takes them.
@@ -100,11 +113,12 @@ class Bidirectional(nn.Module):
             TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
             ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
         """
-        if not torch.jit.is_scripting():
-            if isinstance(x, PackedSequence):
-                return run_packed(self, x, h, lengths, reset, self.time_dim == 1)
-            if self.takes_levels:
-                return self._run_levels(x, h, lengths, reset)
+        if not torch.jit.is_scripting() and not isinstance(x, Tensor):
+            found = run_other(self, Bidirectional.forward, x, h, lengths, reset, self.time_dim == 1)
+            if found is not None:
+                return found
+        if not torch.jit.is_scripting() and self.takes_levels:
+            return self._run_levels(x, h, lengths, reset)
         outs, states = self._run([x], isinstance(x, Tensor) and x.dim() == self.frame_dims, h, lengths, reset)
         return outs[0], states
 
@@ -118,13 +132,14 @@ class Bidirectional(nn.Module):
         self, xs: list[Tensor], frame: bool, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """:meth:`forward` over the inputs of each level, of which all but StackedGRU_RCN have one."""
-        check_states(h, 2 * self.num_states)
+        check_states(h, self.num_states)
+        half = self.num_states // 2
         if frame:
             xs = [x.unsqueeze(self.time_dim) for x in xs]
             if isinstance(reset, Tensor):
                 reset = reset.unsqueeze(self.time_dim)
-        h_fwd = None if h is None else h[: self.num_states]
-        h_bwd = None if h is None else h[self.num_states :]
+        h_fwd = None if h is None else h[:half]
+        h_bwd = None if h is None else h[half:]
         outs_fwd, h_fwd = self._forward_direction(xs, h_fwd, lengths, reset)
         clips = [self._batch_first(x) for x in xs]
         if reset is not None:
@@ -152,6 +167,12 @@ class Bidirectional(nn.Module):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for, forward then backward, of the dtype and device of x."""
+        if torch.jit.is_scripting() and not self.scriptable:  # torch.jit.trace compiles what is exported, too
+            raise NotImplementedError("init_hidden_state must be called on the layer itself, its trace has none")
+        else:
+            return self._initial_states(x)
+
+    def _initial_states(self, x: Tensor) -> list[Tensor]:
         h_fwd = self.rnn.init_hidden_state(x)
         h_bwd = self.rnn.init_hidden_state(x) if self.backward_rnn is None else self.backward_rnn.init_hidden_state(x)
         if self.single_state:

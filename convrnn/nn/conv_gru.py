@@ -22,8 +22,9 @@ from ._checks import (
 )
 from ._convolution import Conv, Sizes, as_convolutions
 from ._gru_layer import GRULayer
+from ._inputs import check_step, run_other
 from ._masks import blank, read_masks, resets_before
-from ._parts import Norm, described, make_norm, reset_parameters
+from ._parts import Norm, described, make_norm, norm_input, reset_parameters
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d"]
 
@@ -230,7 +231,7 @@ class ConvGRU(nn.Module):
 
         Args:
             x: clip (B, T, input_size, *S), or (T, B, ...) without ``batch_first``, or one frame (B, input_size, *S);
-                float.
+                float. A PackedSequence of such frames gives a PackedSequence.
             h: the state before the first frame: a list of (B, hidden_i, *S_i), one a layer; when bidirectional two a
                 layer, forward first. None for zeros, or for the learned state.
             lengths: (B,) integers, frames of each row; values outside of 0..T act as the nearest of them.
@@ -244,8 +245,12 @@ class ConvGRU(nn.Module):
 
         Raises:
             TypeError: an argument is no Tensor, ``h`` no list, or a dtype does not fit.
-            ValueError: a shape or device does not fit.
+            ValueError: a shape or device does not fit, or a PackedSequence has ``lengths`` beside it.
         """
+        if not isinstance(x, Tensor):
+            found = run_other(self, ConvGRU.forward, x, h, lengths, reset, self.batch_first)
+            if found is not None:
+                return found
         frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
         if frame:
             x = x.unsqueeze(1)
@@ -263,7 +268,8 @@ class ConvGRU(nn.Module):
             if i > 0:
                 x = F.dropout(x, self.dropout, self.training)
             frames = x.flatten(0, 1)
-            read = self.norms[i](frames).unflatten(0, x.shape[:2])
+            norm = self.norms[i]
+            read = norm(frames if isinstance(norm, nn.Identity) else norm_input(frames)).unflatten(0, x.shape[:2])
             given = [None, None] if h is None else self._checked_states(i, h, x)
             out, h_n = layer(read, given[0], live, reset)
             states.append(h_n)
@@ -295,6 +301,7 @@ class ConvGRU(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
+        check_step(x)
         if isinstance(x, Tensor) and x.dim() != self.spatial_dims + 2:
             raise ValueError(f"x must be one frame (B, {self.input_size}, *S), got shape {list(x.shape)}")
         return self(x, h, reset=reset)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ._checks import as_int, check_clip, check_states
 from ._convolution import Size
+from ._inputs import run_other
 from ._masks import read_masks
 from ._parts import Norm, described, reset_parameters
 from .conv_gru import ConvGRU
@@ -243,7 +244,7 @@ class SepConvGRUCell(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
 
-        ``lengths`` and ``reset`` are those of :class:`ConvGRU`.
+        ``lengths`` and ``reset`` are those of :class:`ConvGRU`, and so is a PackedSequence as x.
 
         Returns:
             out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W); zero behind a row's end.
@@ -251,8 +252,12 @@ class SepConvGRUCell(nn.Module):
 
         Raises:
             TypeError: an argument is no Tensor, ``h`` no list of one, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit.
+            ValueError: a shape or a mask's device does not fit, or a PackedSequence has ``lengths`` beside it.
         """
+        if not isinstance(x, Tensor):
+            found = run_other(self, SepConvGRUCell.forward, x, h, lengths, reset, self.batch_first)
+            if found is not None:
+                return found
         if check_clip(x, 2, self.input_size, self.batch_first):
             return self._update(x, h, lengths, reset)
         time = 1 if self.batch_first else 0

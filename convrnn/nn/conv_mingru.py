@@ -107,6 +107,7 @@ class MinConvGRU(MinGRUStack):
         bias: bool = True,
         norm: Norm = False,
         expand: float = 1.0,
+        out_proj: bool = False,
         gate_bias: float | str | None = None,
         chrono_max: int | None = None,
         learn_h0: bool = False,
@@ -139,6 +140,7 @@ class MinConvGRU(MinGRUStack):
             dropout=dropout,
             residual=residual,
             expand=expand,
+            out_proj=out_proj,
             gate_bias=gate_bias,
             chrono_max=chrono_max,
             learn_h0=learn_h0,
@@ -248,6 +250,7 @@ class MinConv2dGRU(MinConvGRU):
             the callable can, which a lambda cannot.
         expand: channels of the state for each of the output, rounded down and at least 1; a 1x1 convolution without bias
             brings them back.
+        out_proj: have that convolution where the numbers of channels agree, too.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
             draws it as the other biases.
         chrono_max: the longest dependency expected, in frames, for 'chrono'.

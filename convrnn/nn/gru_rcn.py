@@ -8,6 +8,7 @@ from convrnn.ops._codes import encode
 from ._checks import as_bool, as_int, as_pair, check_sequence, check_shape
 from ._convolution import Convolution
 from ._gru_layer import GRUParameters
+from ._inputs import check_step, run_other
 from ._masks import blank, read_masks
 from ._parts import described
 
@@ -88,7 +89,8 @@ class GRU_RCN(GRUParameters):
         returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
 
         Args:
-            x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``, or one frame (B, Ox, H, W); float.
+            x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``, or one frame (B, Ox, H, W); float. A
+                PackedSequence of such frames gives a PackedSequence.
             h: initial state (B, Oh, H, W), or (Oh, H, W) for the same one in every row of the batch, or None for zeros.
             lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
             reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes zero
@@ -101,8 +103,12 @@ class GRU_RCN(GRUParameters):
 
         Raises:
             TypeError: an argument is no Tensor, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit.
+            ValueError: a shape or a mask's device does not fit, or a PackedSequence has ``lengths`` beside it.
         """
+        if not torch.jit.is_scripting() and not isinstance(x, Tensor):
+            found = run_other(self, GRU_RCN.forward, x, h, lengths, reset, self.batch_first)
+            if found is not None:
+                return found
         x, frame = self._clip(x)
         if h is not None:
             shape = self._state_shape(x)
@@ -126,6 +132,7 @@ class GRU_RCN(GRUParameters):
         Raises:
             ValueError: ``x`` is a clip.
         """
+        check_step(x)
         if isinstance(x, Tensor) and x.dim() != 4:
             raise ValueError(f"x must be one frame (B, Ox, H, W), got shape {list(x.shape)}")
         return self(x, h, reset=reset)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from convrnn.ops._codes import encode
 
@@ -21,7 +20,8 @@ from ._checks import (
     check_states,
 )
 from ._convolution import Convolution
-from ._masks import blank, read_masks, resets_before, run_packed
+from ._inputs import check_step, run_other
+from ._masks import blank, read_masks, resets_before
 from ._mingru_layer import MinGRULayer, check_read, projection, scan
 from ._parts import Norm, described, make_feature_norm, make_norm
 
@@ -82,8 +82,10 @@ class MinGRUBase(nn.Module):
             ValueError: a shape, the number of states or a mask's device does not fit, or a PackedSequence has
                 ``lengths`` beside it.
         """
-        if not torch.jit.is_scripting() and isinstance(x, PackedSequence):
-            return run_packed(self, x, h, lengths, reset, self.batch_first)
+        if not torch.jit.is_scripting() and not isinstance(x, Tensor):
+            found = run_other(self, MinGRUBase.forward, x, h, lengths, reset, self.batch_first)
+            if found is not None:
+                return found
         frame = check_sequence(x, self.layout, self.input_size)
         if frame:
             x = x.unsqueeze(1)
@@ -124,9 +126,8 @@ class MinGRUBase(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-        if x.dim() != self.layout.count(","):
+        check_step(x)
+        if isinstance(x, Tensor) and x.dim() != self.layout.count(","):
             raise ValueError(f"x must be one frame {self.layout.replace('S, ', '', 1)}, got shape {list(x.shape)}")
         return self(x, h, reset=reset)
 
@@ -150,6 +151,7 @@ class MinGRUStack(MinGRUBase):
         dropout: float,
         residual: bool,
         expand: float,
+        out_proj: bool,
         gate_bias: float | str | None,
         chrono_max: int | None,
         learn_h0: bool,
@@ -162,6 +164,7 @@ class MinGRUStack(MinGRUBase):
         start, self.chrono_max = as_gate_bias(0.0 if gate_bias is None else gate_bias, chrono_max, bias)
         self.gate_bias, self.learn_h0 = None if gate_bias is None else start, as_bool("learn_h0", learn_h0)
         self.norm, self.expand = norm, as_positive("expand", expand)
+        self.out_proj = as_bool("out_proj", out_proj)
         self.hidden_sizes = sizes[1:]
         self.dropout = as_probability("dropout", dropout)
         self.layers = nn.ModuleList()
@@ -185,6 +188,7 @@ class MinGRUStack(MinGRUBase):
                 res_align=res_align,
                 bidirectional=bidirectional,
                 batch_first=batch_first,
+                out_proj=out_proj,
                 lstm=self.lstm,
                 bias=bias,
                 gate_bias=self.gate_bias,
@@ -305,6 +309,7 @@ class MinGRU(MinGRUStack):
         dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
         residual: add each layer's input to its output, through a Linear without bias where their sizes differ.
         expand: features of the state for each of the output, rounded down and at least 1; a Linear without bias brings them back.
+        out_proj: have that Linear where the numbers of features agree, too.
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
             draws it as the other biases.
         chrono_max: the longest dependency expected, in steps, for 'chrono'.
@@ -341,6 +346,7 @@ class MinGRU(MinGRUStack):
         dropout: float = 0.0,
         residual: bool = False,
         expand: float = 1.0,
+        out_proj: bool = False,
         gate_bias: float | str | None = None,
         chrono_max: int | None = None,
         learn_h0: bool = False,
@@ -358,6 +364,7 @@ class MinGRU(MinGRUStack):
             dropout=dropout,
             residual=residual,
             expand=expand,
+            out_proj=out_proj,
             gate_bias=gate_bias,
             chrono_max=chrono_max,
             learn_h0=learn_h0,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, check_states
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
+from ._inputs import check_step, run_other
 from ._masks import blank, read_masks
 from ._parts import described
 
@@ -114,7 +115,8 @@ class StackedGRU_RCN(nn.Module):
 
         Args:
             xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``, or those
-                of one frame (B, Ox_i, H_i, W_i); float.
+                of one frame (B, Ox_i, H_i, W_i); float. PackedSequences of such maps, of the same lengths at every level,
+                give PackedSequences.
             h: the state of each level, a list of (B, Oh_i, H_i, W_i), or None for zeros.
             lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
             reset: bool of the shape of the maps' first two dimensions (B for one frame), True where the states become
@@ -127,8 +129,12 @@ class StackedGRU_RCN(nn.Module):
 
         Raises:
             TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
-            ValueError: a shape, the number of levels or a mask's device does not fit.
+            ValueError: a shape, the number of levels or a mask's device does not fit, PackedSequences have ``lengths``
+                beside them or differ in their own.
         """
+        found = run_other(self, StackedGRU_RCN.forward, xs, h, lengths, reset, self.batch_first)
+        if found is not None:
+            return found
         maps, frame = self._as_clips(xs)
         check_states(h, len(self.levels))
         live, reset = read_masks(maps[0], frame, self.batch_first, lengths, reset)
@@ -163,6 +169,7 @@ class StackedGRU_RCN(nn.Module):
         Raises:
             ValueError: ``xs`` holds clips.
         """
+        check_step(xs)
         for x in xs if isinstance(xs, (list, tuple)) else []:
             if isinstance(x, Tensor) and x.dim() != 4:
                 raise ValueError(f"xs must hold maps of one frame (B, Ox, H, W), got shape {list(x.shape)}")

@@ -109,6 +109,20 @@ def coded_gru_rcn(
         checked_later = torch.compiler.is_compiling() or autocast_is_on(x.device.type)
         if not checked_later:
             _check_dtypes(x, W, U, C, bias)
+    return _run(x, h0, W, U, C, bias, recompute, codes)
+
+
+@torch.jit.script_if_tracing  # a trace then asks anew, at each call, whether a gradient is wanted
+def _run(
+    x: Tensor,
+    h0: Tensor | None,
+    W: Tensor | None,
+    U: Tensor,
+    C: Tensor,
+    bias: Tensor | None,
+    recompute: bool,
+    codes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     keep = not recompute and _needs_gradient([x, h0, W, U, C, bias])
     if not torch.jit.is_scripting():
         # inside of torch.func's transforms a tensor does not say whether a gradient will be wanted

@@ -1,41 +1,29 @@
-"""Checkpoints of other projects as layers of this one: each function takes a ``state_dict`` and returns a layer.
+"""Convolutional GRU cells of other projects.
 
-Other layers compute each gate by one convolution of [x, h] or [h, x] joined over the channels; a convolution of the one
+Other cells compute each gate by one convolution of [x, h] or [h, x] joined over the channels; a convolution of the one
 plus a convolution of the other is the same, so their kernels are cut in two. Where their update gate is the share of
 the old state, 1 - s(v) = s(-v) makes it ours: its kernels and bias change their sign.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .nn import (
-    GRU_RCN,
-    ConvGRUCell,
-    ConvGRUCell1d,
-    ConvGRUCell3d,
-    MinConv2dGRU,
-    MinConv2dGRUCell,
-    MinGRU,
-    MinGRUCell,
-    SepConvGRUCell,
-)
-from .nn._checks import as_bool
+from ..nn import GRU_RCN, ConvGRUCell, ConvGRUCell1d, ConvGRUCell3d, SepConvGRUCell
+from ..nn._checks import as_bool
+from ._state_dict import StateDict, as_mapping, load, under
 
 __all__ = [
     "Gates",
     "from_ballas2016",
     "from_conv_gates",
     "from_gates",
-    "from_mingru",
     "from_raft",
     "from_robust_video_matting",
     "from_three_gates",
 ]
-
-StateDict = Mapping[str, Tensor]
 
 
 class Gates(NamedTuple):
@@ -67,14 +55,14 @@ def from_gates(
     """Returns h' = (1-z).h + z.c with the weights of any ConvGRU cell with 'same' padding of zeros and odd kernels.
 
     Args:
-        state_dict: the checkpoint.
+        state_dict: the checkpoint, or the module.
         convolutions: the cell's convolutions. Together they must compute each of z, r and c from x and from h.
         prefix: what comes before their names, with its dot.
         z_keeps: the cell computes h' = z.h + (1-z).c.
         reset_after: the cell computes c = tanh(W_c*x + r.(C*h + b)); then c's two convolutions must be separate.
 
     Raises:
-        TypeError: a flag is no bool.
+        TypeError: a flag is no bool, or ``state_dict`` neither a mapping nor a module.
         ValueError: a weight is missing, or shapes, gates or kernels do not fit.
 
     Example:
@@ -85,6 +73,7 @@ def from_gates(
         >>> cell.input_size, cell.hidden_sizes
         (3, [4])
     """
+    state_dict = as_mapping(state_dict)
     z_keeps, reset_after = as_bool("z_keeps", z_keeps), as_bool("reset_after", reset_after)
     weights: dict[tuple[str, str], Tensor] = {}
     biases: dict[tuple[str, str], Tensor] = {}
@@ -162,7 +151,7 @@ def from_ballas2016(state_dict: StateDict, *, prefix: str = "", batch_first: boo
         >>> rnn
         GRU_RCN(5, 8, (3, 3))
     """
-    own = _under(state_dict, prefix)
+    own = under(state_dict, prefix)
     missing = [name for name in ("W", "U", "C") if name not in own or own[name].dim() != 4]
     if missing:
         raise ValueError(
@@ -178,54 +167,7 @@ def from_ballas2016(state_dict: StateDict, *, prefix: str = "", batch_first: boo
         device=W.device,
         dtype=W.dtype,
     )
-    return _load(rnn, own)
-
-
-def from_mingru(
-    state_dict: StateDict, *, prefix: str = "", **options: Any
-) -> MinGRUCell | MinGRU | MinConv2dGRUCell | MinConv2dGRU:
-    """Returns torch-mingru's MinGRU, MinConv2dGRU or a cell of theirs, h' = (1-z).h + z.g(v); the names say which.
-
-    Args:
-        state_dict: the checkpoint.
-        prefix: what comes before the layer's names, with its dot.
-        options: what weights do not tell: ``dropout``, ``strides`` and ``paddings`` (``stride`` and ``padding`` of a
-            cell), and for layers without a norm's or residual's weights, ``residual``.
-
-    Raises:
-        ValueError: the checkpoint is none of the four, or an option does not fit.
-
-    Example:
-        >>> rnn = from_mingru(MinGRU(3, [8, 16], norm=True).state_dict())
-        >>> rnn.hidden_sizes
-        [8, 16]
-    """
-    own = _under(state_dict, prefix)
-    if "to_gate_hidden.weight" in own:
-        weight = own["to_gate_hidden.weight"]
-        made = {"bias": "to_gate_hidden.bias" in own, "device": weight.device, "dtype": weight.dtype, **options}
-        sizes = weight.shape[1], weight.shape[0] // 2
-        if weight.dim() == 2:
-            return _load(MinGRUCell(*sizes, **made), own)
-        return _load(MinConv2dGRUCell(*sizes, (weight.shape[2], weight.shape[3]), **made), own)
-    weights: list[Tensor] = []
-    while f"layers.{len(weights)}.gate_hidden.weight" in own:
-        weights.append(own[f"layers.{len(weights)}.gate_hidden.weight"])
-    if not weights:
-        raise ValueError(f"state_dict must hold {prefix}to_gate_hidden.* or {prefix}layers.*.gate_hidden.*")
-    made = {
-        "bias": "layers.0.gate_hidden.bias" in own,
-        "norm": "layers.0.norm.weight" in own,
-        "residual": any(".res_align." in name for name in own),
-        "device": weights[0].device,
-        "dtype": weights[0].dtype,
-        **options,
-    }
-    hidden = [weight.shape[0] // 2 for weight in weights]
-    if weights[0].dim() == 2:
-        return _load(MinGRU(weights[0].shape[1], hidden, **made), own)
-    kernels = [(weight.shape[2], weight.shape[3]) for weight in weights]
-    return _load(MinConv2dGRU(weights[0].shape[1], hidden, kernels, **made), own)
+    return load(rnn, own)
 
 
 def from_raft(state_dict: StateDict, *, prefix: str = "") -> ConvGRUCell | SepConvGRUCell:
@@ -246,6 +188,8 @@ def from_raft(state_dict: StateDict, *, prefix: str = "") -> ConvGRUCell | SepCo
         >>> from_raft(gates.state_dict()).hidden_size
         4
     """
+
+    state_dict = as_mapping(state_dict)
 
     def cell(pattern: str) -> ConvGRUCell:
         names = [Gates(pattern.format(gate), ours, "hx") for gate, ours in (("z", "z"), ("r", "r"), ("q", "c"))]
@@ -324,18 +268,9 @@ def from_three_gates(state_dict: StateDict, *, prefix: str = "") -> ConvGRUCell:
     return from_gates(state_dict, names, prefix=prefix)
 
 
-def _weight(state_dict: StateDict, name: str) -> Tensor:
+def _weight(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
     weight = state_dict.get(f"{name}.weight")
     if weight is None or weight.dim() not in (3, 4, 5):
         found = "none" if weight is None else f"shape {list(weight.shape)}"
         raise ValueError(f"state_dict must hold {name}.weight, the kernels of a convolution, got {found}")
     return weight
-
-
-def _under(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
-def _load(module: Any, state_dict: StateDict) -> Any:
-    module.load_state_dict(state_dict)
-    return module

@@ -450,8 +450,10 @@ bool is_cheaper(const Problem& p, bool projects, bool bfloat16, bool backward) {
   add(p.u, p.state(), 2);
   add(p.c, p.state(), 1);
   const double width = of(p.frame.size.width);
-  const double own_time = own.call + frames * own_sum * own.product * 1e-3 * (1 + own.narrow / width) + frames * lanes * own.lane +
-                          frames * inputs * own.input + weights * own.weight;
+  constexpr double kBfloat16 = 1.35;  // beyond its products: lanes are rounded and widened one by one
+  const double own_time = (own.call + frames * own_sum * own.product * 1e-3 * (1 + own.narrow / width) +
+                           frames * lanes * own.lane + frames * inputs * own.input + weights * own.weight) *
+                          (bfloat16 ? kBfloat16 : 1);
   const double library_time = library.convolution * (2 * of(p.steps) + 1) +
                               frames * library_sum * (bfloat16 ? library.pair : library.product) * 1e-3 * (1 + library.narrow / width) +
                               frames * state * library.lane + frames * inputs * library.input;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.layout import state_dtype
 from ._codes import HOLD, RESTART, has_bit
-from ._library import BACKEND
+from ._library import TRITON_ON_CPU
 
 
 def odd(weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _states(out: Tensor, h0: Tensor | None, codes: Tensor | None) -> Tensor:
 
 def _activations(gates: Tensor, features: int) -> Tensor:
     """z, r and c (B, T, 3*Oh, *S) from what the kernels of the device kept (kernels/cpu/gru_cell.h)."""
-    if gates.device.type != "cpu" or BACKEND == "triton":
+    if gates.device.type != "cpu" or TRITON_ON_CPU:
         return gates
     return gates.reshape(*gates.shape[:2], 3, *gates.shape[3:], features).movedim(-1, 3).flatten(2, 3)
 

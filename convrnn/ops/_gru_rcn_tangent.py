@@ -82,7 +82,8 @@ def restore(primals: list[Tensor | None], returned: Sequence[Tensor | None]) -> 
         rh = zr[:, :, features:] * h
         most = 1e4  # where they round to 0 or 1: far out and finite in every dtype
         a_zr = torch.logit(zr).clamp(-most, most) - _convolve_all(h, U.to(dtype))
-        a_c = torch.atanh(c).clamp(-most, most) - _convolve_all(rh, C.to(dtype))
+        # a GPU's division, (1 - e) / (1 + e) of the kernel's tanh, may come out two units in the last place above 1
+        a_c = torch.atanh(c.clamp(-1.0, 1.0)).clamp(-most, most) - _convolve_all(rh, C.to(dtype))
         projection = torch.cat((a_zr, a_c), 2).to(x.dtype)
         return [x + (projection - x).detach(), *primals[1:]]
 

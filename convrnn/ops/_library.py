@@ -59,14 +59,13 @@ def _choose_backend() -> str:
     backend = _setting("CONVRNN_BACKEND", BACKENDS)
     if backend != "auto" and importlib.util.find_spec("triton") is None:
         raise ImportError(f"CONVRNN_BACKEND={backend} needs Triton, which is not installed: pip install triton")
-    if backend == "triton":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            # Triton reads the variable when its own functions are defined.
-            if "triton" in sys.modules:
-                raise ImportError(
-                    "CONVRNN_BACKEND=triton runs Triton's interpreter: set TRITON_INTERPRET=1 or import convrnn before triton"
-                )
-            os.environ["TRITON_INTERPRET"] = "1"
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable when its own functions are defined.
+        if "triton" in sys.modules:
+            raise ImportError(
+                "CONVRNN_BACKEND=triton runs Triton's interpreter: set TRITON_INTERPRET=1 or import convrnn before triton"
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
     return backend
 
 

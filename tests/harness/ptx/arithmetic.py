@@ -123,7 +123,10 @@ def approximate(
     """
     ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     bound = ulps * ulp + relative * np.abs(exact) + absolute
-    result = (exact + noise * np.maximum(bound - ulp / 2, 0)).astype(np.float32)
+    moved = exact + noise * np.maximum(bound - ulp / 2, 0)
+    # the sign is computed by itself: a subnormal result does not cross zero
+    moved = np.where((moved < 0) == (exact < 0), moved, np.copysign(0.0, exact)) if np.all(absolute == 0) else moved
+    result = moved.astype(np.float32)
     return np.where(
         np.isfinite(exact) & (bound > 0) & ((exact != 0) | (absolute > 0)), result, exact.astype(np.float32)
     )

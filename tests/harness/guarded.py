@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+from .fresh import nan_in_fresh_memory
 
 
 class KernelFault(Exception):
@@ -224,19 +225,5 @@ def guarded(seed: int = 0) -> Iterator[list[Traffic]]:
         for owner, members in patches.items():
             for name, member in members.items():
                 stack.enter_context(mock.patch.object(owner, name, member))
-        stack.enter_context(_nan_in_fresh_memory())
+        stack.enter_context(nan_in_fresh_memory())
         yield launches
-
-
-@contextlib.contextmanager
-def _nan_in_fresh_memory() -> Iterator[None]:
-    """PyTorch's own debugging aid: deterministic mode fills what ``torch.empty`` returns with NaN."""
-    mode, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(mode, warn_only=warn_only)

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
+from ..fresh import nan_in_fresh_memory
 from . import Counts, Machine, assemble
 from .machine import Program
 
@@ -177,4 +178,11 @@ def recorded(detailed: bool = False) -> Iterator[list[Launch]]:
     """A list that receives what each launch did, in order."""
     launches: list[Launch] = []
     with using(launches=launches, detailed=detailed):
+        yield launches
+
+
+@contextlib.contextmanager
+def executed(seed: int = 0) -> Iterator[list[Launch]]:
+    """The same, with another seed, and NaN in fresh memory (``torch.empty`` and its kin)."""
+    with recorded() as launches, using(seed=seed), nan_in_fresh_memory():
         yield launches

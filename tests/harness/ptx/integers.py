@@ -5,7 +5,7 @@ import numpy as np
 from .arithmetic import flush, widen
 from .faults import LaneFault
 from .operands import DTYPES, Kernel, Run, bits_of, compute, instruction, reader, writer
-from .parse import Instruction, UnknownPtx
+from .parse import Immediate, Instruction, UnknownPtx
 
 INT = r"(?P<kind>[su](?:16|32|64))"
 BITS = r"(?P<kind>b(?:16|32|64))"
@@ -228,7 +228,11 @@ def _(statement: Instruction, kernel: Kernel, kind: str) -> Run:
     r"mov\.(?P<kind>pred|[bus](?:16|32|64)|f32|f64)", "Data Movement and Conversion Instructions: mov", "integer"
 )
 def _(statement: Instruction, kernel: Kernel, kind: str) -> Run:
-    """Also to and from parts: ``mov.b32 {%rs1, %rs2}, %r1``, the lowest first."""
+    """Also to and from parts: ``mov.b32 {%rs1, %rs2}, %r1``, the lowest first.
+
+    LLVM packs registers that nothing writes where it drops that part of the pair later. They are NaN here, and anywhere else
+    an error.
+    """
     target, source = statement.operands
     if isinstance(target, tuple):
         part = f"b{bits_of(kind) // len(target)}"
@@ -242,7 +246,9 @@ def _(statement: Instruction, kernel: Kernel, kind: str) -> Run:
         return unpack
     if isinstance(source, tuple):
         part, dtype = f"b{bits_of(kind) // len(source)}", DTYPES[f"b{bits_of(kind)}"]
-        reads, write = [reader(x, part, kernel) for x in source], writer(target, kind)
+        nan = Immediate((1 << bits_of(part) - 1) - 1)
+        reads = [reader(nan if x in kernel.undefined else x, part, kernel) for x in source]
+        write = writer(target, kind)
 
         def pack(machine, mask):
             value = np.zeros(1, dtype)

@@ -67,6 +67,7 @@ class Kernel:
     threads: int  # of a program
     code: tuple[Instruction, ...]
     labels: dict[str, int]  # index of the instruction behind each
+    undefined: frozenset[Register]  # registers that no instruction writes
     registers: tuple[Register, ...]
     shared: dict[str, int]  # offsets of shared variables
     shared_bytes: int  # of those whose size the text says
@@ -169,6 +170,12 @@ def _body(ptx: str, start: int) -> str:
     raise UnknownPtx("a kernel without an end")
 
 
+def _targets(instruction: Instruction) -> tuple[Operand, ...]:
+    """The registers that an instruction writes, if it writes any: its first operand, or the parts of that."""
+    first = instruction.operands[0] if instruction.operands else ()
+    return first if isinstance(first, tuple) else (first,)
+
+
 def _shared(ptx: str) -> tuple[dict[str, int], int]:
     """Offsets of shared variables, one behind another, and the bytes of those that have a size."""
     offsets, end = {}, 0
@@ -223,12 +230,14 @@ def parse(ptx: str) -> Kernel:
             parts = tuple(_operand(part, scope) for part in _split(operands))
             code.append(Instruction(opcode, parts, guard, text, source))
     shared, shared_bytes = _shared(plain)
+    undefined = frozenset(scope.registers) - {x for instruction in code for x in _targets(instruction)}
     return Kernel(
         entries[0],
         tuple(parameters),
         int(threads[1]),
         tuple(code),
         labels,
+        undefined,
         tuple(scope.registers),
         shared,
         shared_bytes,

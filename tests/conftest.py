@@ -32,8 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`make test` runs the suite for each backend: each test in its place."""
     here = {"triton": "interpreted", "ptx": "executed"}.get(BACKEND, "compiled")
-    elsewhere = {"compiled", "interpreted", "executed"} - {here}
-    deselected = [item for item in items if any(map(item.get_closest_marker, elsewhere))]
+    places = [list(filter(item.get_closest_marker, ("compiled", "interpreted", "executed"))) for item in items]
+    deselected = [item for item, wanted in zip(items, places, strict=True) if wanted and here not in wanted]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in set(deselected)]

@@ -20,8 +20,9 @@ LAYOUTS = ("contiguous", "chunk", "channels_last", "time_first", "expanded", "od
 STEPS = (1, 2, 3, 4, 5, 6, 7)  # around the 4 steps that forward loads ahead, and the 2 of backward
 FEW_STEPS = (1, 4, 7)  # of a dtype that changes nothing of the loops: behind them, in them, both
 
-# Allowed error in units of the dtype's epsilon. Forward rounds float32 on output, backward reads what was rounded.
-SCAN, SCAN_GRAD = 4, 16
+# Allowed error in units of the dtype's epsilon. A gate's exponential and its division may each be off by two units in the
+# last place, and backward reads what was rounded.
+SCAN, SCAN_GRAD = 8, 16
 
 
 @pytest.fixture

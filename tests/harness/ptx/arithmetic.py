@@ -123,7 +123,8 @@ def approximate(
     """
     ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
     bound = ulps * ulp + relative * np.abs(exact) + absolute
-    moved = exact + noise * np.maximum(bound - ulp / 2, 0)
+    rounding = np.spacing((np.abs(exact) + bound).astype(np.float32)).astype(np.float64) / 2
+    moved = exact + noise * np.maximum(bound - rounding, 0)
     # the sign is computed by itself: a subnormal result does not cross zero
     moved = np.where((moved < 0) == (exact < 0), moved, np.copysign(0.0, exact)) if np.all(absolute == 0) else moved
     result = moved.astype(np.float32)

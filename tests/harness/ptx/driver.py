@@ -3,7 +3,7 @@
     install()
     with recorded() as launches:
         h, h_n = mingru_fwd(gate_hidden)  # CPU tensors
-    assert launches[0].counts.loaded == gate_hidden.nbytes
+    assert launches[0].loaded == gate_hidden.nbytes
 
 Triton sees a device whose binary is PTX: its own compiler for CUDA, without the assembler, and a driver that runs the text.
 Launchers, specialisation and caches are those that a GPU would have.
@@ -12,7 +12,7 @@ Launchers, specialisation and caches are those that a GPU would have.
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import triton.backends
@@ -64,6 +64,14 @@ class Launch:
         return self.program.kernel.name
 
     @property
+    def loaded(self) -> int:
+        return self.counts.loaded
+
+    @property
+    def stored(self) -> int:
+        return self.counts.stored
+
+    @property
     def instructions(self) -> Counter[str]:
         """Executed, in threads, by kind."""
         found: Counter[str] = Counter()
@@ -81,12 +89,14 @@ class Settings:
         seed: of what approximate instructions return.
         detailed: whether sectors and wavefronts are counted.
         launches: a list that receives each launch.
+        rewrite: changes the text of a kernel before it runs, for tests that plant a fault in it.
     """
 
     arch: int = 80
     seed: int = 0
     detailed: bool = False
     launches: list[Launch] | None = None
+    rewrite: Callable[[str], str] = str
 
 
 settings = Settings()
@@ -100,7 +110,8 @@ class _Launcher:
         self.taken = [kind != "constexpr" for kind in src.signature.values()]
         self.shared = metadata.shared
 
-    def __call__(self, x, y, z, stream, program, packed, launch_metadata, enter_hook, exit_hook, *arguments) -> None:
+    def __call__(self, x, y, z, stream, text, packed, launch_metadata, enter_hook, exit_hook, *arguments) -> None:
+        program = assemble(settings.rewrite(text))
         if (y, z) != (1, 1):
             raise NotImplementedError(f"a grid of {x} x {y} x {z}: only one axis is executed")
         given = [
@@ -132,7 +143,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.utils = SimpleNamespace(
-            load_binary=lambda name, text, shared, device: (name, assemble(text.decode()), 0, 0, 1024),
+            load_binary=lambda name, text, shared, device: (name, text.decode(), 0, 0, 1024),
             unload_module=lambda module: None,
             get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY},
         )

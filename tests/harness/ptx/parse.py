@@ -76,7 +76,7 @@ class Kernel:
 _BITS = {"pred": 1} | {f"{kind}{n}": n for kind in "busf" for n in (8, 16, 32, 64)}
 _STATEMENT = re.compile(r"(?:@(!?)([%\w.$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 # What says something to an assembler or a debugger, and nothing to the machine.
-_IGNORED = (".version", ".target", ".address_size", ".pragma", ".maxntid", ".minnctapersm", ".file", ".section")
+_IGNORED = (".pragma",)
 
 
 class _Scope:
@@ -150,7 +150,7 @@ def _location(text: str, files: dict[str, str]) -> str:
 def _statements(body: str) -> Iterator[str]:
     """Labels, blocks' braces, lines of .loc and what ends with a semicolon, in order."""
     # A brace that opens or closes a block begins a statement; those of vectors stand inside of one.
-    token = re.compile(r"\s*(\.loc[^\n]*|\{|\}|[$%\w]+:(?=\s)|[^;]*;)", re.DOTALL)
+    token = re.compile(r"\s*(\.loc\s[^\n]*|\{|\}|[$%\w]+:(?=\s)|[^;]*;)", re.DOTALL)
     at = 0
     while body[at:].strip():
         found = token.match(body, at)
@@ -209,7 +209,7 @@ def parse(ptx: str) -> Kernel:
             scope.names.append({})
         elif statement == "}":
             scope.names.pop()
-        elif statement.startswith(".loc"):
+        elif re.match(r"\.loc\s", statement):
             source = _location(statement[4:], files)
         elif statement.startswith(".reg"):
             _, kind, names = statement.rstrip(";").split(None, 2)

@@ -172,6 +172,17 @@ def install() -> None:
 
 
 @contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """The same for a while."""
+    before = driver._active  # not the property, which would look for a device
+    install()
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+@contextlib.contextmanager
 def using(**changes: object) -> Iterator[None]:
     """Other settings for a while."""
     before = {name: getattr(settings, name) for name in changes}

@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("triton") is None:
         print("kernel-report compiles the GPU kernels and needs Triton: pip install triton (Linux)", file=sys.stderr)
         return 2
-    if os.environ.get("CONVRNN_BACKEND") or os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("CONVRNN_BACKEND", "auto") not in ("", "auto") or os.environ.get("TRITON_INTERPRET") == "1":
         print(
             "kernel-report compiles: unset CONVRNN_BACKEND and TRITON_INTERPRET, which say otherwise", file=sys.stderr
         )

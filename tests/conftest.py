@@ -22,9 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "compiled: needs kernels that are compiled, not interpreted (CONVRNN_BACKEND unset)"
-    )
+    config.addinivalue_line("markers", "compiled: not where Triton kernels run for CPU tensors (CONVRNN_BACKEND unset)")
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter alone (CONVRNN_BACKEND=triton)")
     config.addinivalue_line("markers", "executed: runs where machine code is executed alone (CONVRNN_BACKEND=ptx)")
 

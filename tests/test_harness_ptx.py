@@ -1,12 +1,14 @@
 """How the executor runs threads: divergence, what a warp and a program do together, memory and the counts."""
 
+import dataclasses
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from .harness.ptx import TABLE, Fault
-from .harness.ptx.driver import execute
+from .harness.ptx.driver import execute, executed, settings
 from .harness.snippet import run
 
 pytestmark = pytest.mark.executed
@@ -199,6 +201,13 @@ def test_counts() -> None:
     assert counts.sectors == 32 + 4 + 4
     assert (counts.wavefronts, counts.least_wavefronts) == (33, 2)
     assert launch.instructions["memory"] == 32 * 5 and launch.instructions["control"] == 32
+
+
+def test_fresh_memory_is_nan_and_settings_come_back() -> None:
+    before = dataclasses.replace(settings)
+    with executed(seed=3):
+        assert settings.seed == 3 and torch.empty(3, 5).isnan().all()
+    assert settings == before
 
 
 def test_nothing_happens_without_programs() -> None:

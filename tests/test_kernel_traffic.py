@@ -1,10 +1,9 @@
 """What bench/kernels.py declares of the Triton kernels is what they do, exactly: bytes as their machine code moves them when
-it is executed, bytes and FLOP as Triton's interpreter counts them, which sees the operations of the source."""
+it is executed, FLOP as Triton's interpreter counts them, which sees the operations of the source."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -27,25 +26,15 @@ def both(test):
     return pytest.mark.interpreted(pytest.mark.executed(test))
 
 
-def launches_of(op: Op, shape: Shape, dtype: torch.dtype) -> list[SimpleNamespace]:
-    """Kernel, loaded, stored, distinct_loaded, distinct_stored (bytes) of each launch; of the interpreter's flop too."""
+def launches_of(op: Op, shape: Shape, dtype: torch.dtype) -> list:
+    """Each launch, with its bytes where machine code is executed, with its FLOP where the source is interpreted."""
     if BACKEND == "ptx":
-        from .harness.ptx.driver import executed
-
-        with executed() as launches:
-            op.run(shape, dtype, "cpu")
-        names = ("kernel", "loaded", "stored", "distinct_loaded", "distinct_stored")
-        return [SimpleNamespace(**{name: getattr(launch, name) for name in names}, flop=None) for launch in launches]
-    from .harness.guarded import guarded
-
-    with guarded() as launches:
+        from .harness.ptx.driver import executed as context
+    else:
+        from .harness.flop import counted as context
+    with context() as launches:
         op.run(shape, dtype, "cpu")
     return launches
-
-
-def same(found: Sequence[int | None], declared: Sequence[int]) -> bool:
-    """Where something was not counted, the rest."""
-    return all(a is None or a == b for a, b in zip(found, declared, strict=True))
 
 
 SCANS = [name for name, op in OPS.items() if op.chunked]
@@ -61,15 +50,23 @@ def check_traffic(op: Op, shape: Shape, dtype: torch.dtype, declared: Iterable[s
     found = phases([launch.kernel for launch in launches])
     assert not set(found) - op.declared.keys(), "bench/kernels.py does not say what is moved in these kernels"
     assert set(found) == set(declared)
+    executed = BACKEND == "ptx"
+
+    def work(kernels: Iterable[str]) -> tuple[int, ...]:
+        """What is declared of what was counted: bytes read and written, or FLOP."""
+        read, written, flop = op.work(shape, dtype, Counter(kernels))
+        return (read, written) if executed else (flop,)
+
     for kernel, launch in zip(found, launches, strict=True) if op.chunked else ():
-        assert same((launch.loaded, launch.stored, launch.flop), op.work(shape, dtype, Counter([kernel]))), kernel
-    totals = [sum(getattr(launch, what) for launch in launches) for what in ("distinct_loaded", "stored")]
-    flop = None if BACKEND == "ptx" else sum(launch.flop for launch in launches)
-    assert same((*totals, flop), op.work(shape, dtype, Counter(found)))
-    # No element is moved twice by one launch, but for the neighbours and the weights of a convolution, and a sample's code.
+        assert ((launch.loaded, launch.stored) if executed else (launch.flop,)) == work([kernel]), kernel
+    if not executed:
+        assert (sum(launch.flop for launch in launches),) == work(found)
+        return
+    assert (sum(x.distinct_loaded for x in launches), sum(x.stored for x in launches)) == work(found)
+    # No element is moved twice by one launch, but for the neighbours and the weights of a convolution, and a sample's code,
+    # which every thread of a program reads.
     assert all(x.stored == x.distinct_stored for x in launches)
-    lanes = math.prod(shape) if op.codes else 0
-    readers = lanes if BACKEND == "ptx" else lanes // 128  # every thread of a program, in the source the program
+    readers = math.prod(shape) if op.codes else 0
     assert op.convolves or all(x.loaded - x.distinct_loaded <= readers for x in launches)
 
 
@@ -157,7 +154,7 @@ def test_gru_rcn_moves_what_its_documentation_says(name: str, float32: int, bflo
         assert sum(sum(kernel.step(*sizes)) for kernel in OPS[name].kernels.values()) // e == expected
 
 
-@both
+@pytest.mark.executed
 def test_gemm_rereads_neighbours_and_weights_as_its_documentation_says() -> None:
     """(3H - 2)(3W - 2) neighbours of a sample's pixels for each of two blocks of channels, weights for each of two blocks
     of pixels: what comes from the cache, and nothing more."""

@@ -1,4 +1,4 @@
-"""The launchers of the GRU step and of GRU-RCN in Triton's interpreter, guarded, against convrnn.reference."""
+"""The launchers of the GRU step and of GRU-RCN as machine code, executed, against convrnn.reference."""
 
 import pytest
 import torch

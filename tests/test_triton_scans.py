@@ -1,4 +1,4 @@
-"""The launchers of minGRU and log scan in Triton's interpreter, guarded, against the loops of convrnn.reference."""
+"""The launchers of minGRU and log scan as machine code, executed, against the loops of convrnn.reference."""
 
 import pytest
 import torch

@@ -34,12 +34,14 @@ $(LIBRARY): $(VENV)/.installed setup.py $(SOURCES)
 demo: $(LIBRARY)
 	$(BIN)/python -m examples.video_classification demo
 
-# The suite twice: with the C++ kernels, and with the Triton kernels in Triton's interpreter. A process a core, one thread
-# each: more would wait for one another. Files are begun in the order of tests/conftest.py.
+# The suite twice: with the C++ kernels, and with the machine code of the Triton kernels executed (tests/harness/ptx); then what
+# Triton's interpreter alone shows, the arithmetic that their source asks for. A process a core, one thread each: more would
+# wait for one another. Files are begun in the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(LIBRARY)
 	$(PYTEST) $(ARGS)
-	CONVRNN_BACKEND=triton $(PYTEST) $(ARGS)
+	CONVRNN_BACKEND=ptx $(PYTEST) $(ARGS)
+	CONVRNN_BACKEND=triton $(PYTEST) -m interpreted $(ARGS)
 
 test-gpu: $(LIBRARY)
 	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make test-gpu: no CUDA device is present (python -m convrnn.info says why)')"

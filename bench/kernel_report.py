@@ -1,8 +1,9 @@
-"""What every Triton launch compiles to and the least time that its bytes take, without a GPU: ``make kernel-report``.
+"""What every Triton launch compiles to, does when it is executed, and the least time that its bytes take, without a GPU:
+``make kernel-report``.
 
-Prints two tables and writes ``bench/results/kernels.json`` and a picture of the bytes moved. Registers, spills, shared
+Prints four tables and writes ``bench/results/kernels.json`` and a picture of the bytes moved. Registers, spills, shared
 memory, barriers and access widths are read from machine code compiled for each architecture; bytes and FLOP are those of
-``bench/kernels.py``, which the tests count. Floors are bytes over the memory bandwidth of data sheets: nothing is timed.
+``bench/kernels.py``, which the tests count; what was executed is ``bench/executed.py``'s. Floors are bytes over the memory bandwidth of data sheets: nothing is timed.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import torch
@@ -27,6 +29,9 @@ from . import machine
 from .case import OURS
 from .pictures import BLUE, GREY, ORANGE, PINK, STYLE, WIDTH, save
 from .readme import DEVICES
+
+if TYPE_CHECKING:
+    from .executed import Executed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = machine.ROOT / "bench" / "results"
@@ -248,16 +253,16 @@ def known(value: int | None) -> str:
     return "undeclared" if value is None else str(value)
 
 
-def text(codes: list[Code], floors: list[Floor], moved: list[Moved]) -> str:
+def text(codes: list[Code], floors: list[Floor], moved: list[Moved], executed: "list[Executed]") -> str:
     """JSON with a line for each row, so that a changed kernel is a small difference."""
     found = {
-        "note": "Compiled, not run. floor_us: bytes over the bandwidth of data sheets, no measurement.",
+        "note": "Compiled and executed without a GPU, not timed. floor_us: bytes over the bandwidth of data sheets, no measurement.",
         "torch": torch.__version__,
         "triton": machine.version("triton"),
         "bandwidth_gb_s": {name: rates[0] for name, rates in DEVICES.items()},
     }
     parts = [f'"{name}": {json.dumps(value)}' for name, value in found.items()]
-    for name, rows in (("code", codes), ("floors", floors), ("moved", moved)):
+    for name, rows in (("code", codes), ("floors", floors), ("moved", moved), ("executed", executed)):
         lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
         parts.append(f'"{name}": [\n{lines}\n]')
     return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -314,17 +319,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("triton") is None:
         print("kernel-report compiles the GPU kernels and needs Triton: pip install triton (Linux)", file=sys.stderr)
         return 2
-    if os.environ.get("CONVRNN_BACKEND") == "triton" or os.environ.get("TRITON_INTERPRET") == "1":
-        print("kernel-report compiles: unset CONVRNN_BACKEND and TRITON_INTERPRET, which interpret", file=sys.stderr)
+    if os.environ.get("CONVRNN_BACKEND", "auto") not in ("", "auto") or os.environ.get("TRITON_INTERPRET") == "1":
+        print(
+            "kernel-report compiles: unset CONVRNN_BACKEND and TRITON_INTERPRET, which say otherwise", file=sys.stderr
+        )
         return 2
 
     from .compiled import ARCHS
+    from .executed import execute_all
+    from .executed import show as show_executed
+    from .kernels import OPS
 
     codes = compile_all(ARCHS)
     floors, moved = count_all(ARCHS[0])
-    show(codes, floors, moved, Console(width=204))
+    executed = execute_all(OPS, DTYPES)
+    console = Console(width=204)
+    show(codes, floors, moved, console)
+    show_executed(executed, console)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text(codes, floors, moved))
+    options.output.write_text(text(codes, floors, moved, executed))
     image = options.output.with_name(options.output.stem.removesuffix("s") + "-floors.png")
     with matplotlib.rc_context(STYLE):
         save(picture(moved), image)

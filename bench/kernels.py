@@ -1,7 +1,7 @@
 """What the Triton launchers move and compute, declared on paper, beside what plain PyTorch moves for the same.
 
 An :class:`Op` is a public launcher. Its kernels' bytes and FLOP are declared for a lane (an element of the state) and a
-time step; ``tests/test_kernel_traffic.py`` counts both in the interpreter and must find the same. A kernel without a
+time step; ``tests/test_kernel_traffic.py`` counts both, bytes in executed machine code, and must find the same. A kernel without a
 declaration is found all the same, when its launcher runs: it is shown without bytes, and fails that test.
 """
 

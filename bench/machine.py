@@ -103,8 +103,8 @@ def kernels(device: torch.device) -> str:
     """Those that run: Triton's, interpreted where they are chosen for the CPU, or the instruction set of the C++ ones."""
     if device.type == "cuda":
         return "Triton"
-    if os.environ.get("CONVRNN_BACKEND") == "triton":
-        return "interpreted Triton"
+    if os.environ.get("CONVRNN_BACKEND") in ("triton", "ptx"):
+        return "Triton, interpreted or executed without a GPU"
     return torch.ops.convrnn.cpu_isa().partition(":")[0]
 
 

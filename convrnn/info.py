@@ -35,6 +35,10 @@ def _triton() -> str:
         return "absent: not installed (PyTorch's CUDA builds for Linux bring it; pip install triton)"
     if BACKEND == "triton":
         return f"{_version('triton')}, interpreted for CPU tensors (CONVRNN_BACKEND=triton)"
+    if BACKEND == "ptx":
+        return (
+            f"{_version('triton')}, compiled for CPU tensors too (CONVRNN_BACKEND=ptx), if a driver for them is there"
+        )
     return f"{_version('triton')}, used for CUDA tensors"
 
 

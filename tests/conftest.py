@@ -10,7 +10,13 @@ import convrnn  # noqa: F401  before anything imports triton: see CONVRNN_BACKEN
 
 from .litter import Litter
 
-INTERPRETED = os.environ.get("CONVRNN_BACKEND") == "triton"
+BACKEND = os.environ.get("CONVRNN_BACKEND", "")
+# The kernels are Triton's: in its interpreter, or their machine code executed by tests/harness/ptx. Either takes its time.
+INTERPRETED = BACKEND in ("triton", "ptx")
+if BACKEND == "ptx":
+    from .harness.ptx.driver import install
+
+    install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,16 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     Litter.register(config)
-    config.addinivalue_line(
-        "markers", "compiled: needs kernels that are compiled, not interpreted (CONVRNN_BACKEND unset)"
-    )
+    config.addinivalue_line("markers", "compiled: not where Triton kernels run for CPU tensors (CONVRNN_BACKEND unset)")
     config.addinivalue_line("markers", "interpreted: runs in Triton's interpreter alone (CONVRNN_BACKEND=triton)")
+    config.addinivalue_line("markers", "executed: runs where machine code is executed alone (CONVRNN_BACKEND=ptx)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`make test` runs the suite twice, with the C++ kernels and in the interpreter: each test in its place."""
-    elsewhere = "compiled" if INTERPRETED else "interpreted"
-    deselected = [item for item in items if item.get_closest_marker(elsewhere)]
+    """`make test` runs the suite for each backend: each test in its place."""
+    here = {"triton": "interpreted", "ptx": "executed"}.get(BACKEND, "compiled")
+    places = [list(filter(item.get_closest_marker, ("compiled", "interpreted", "executed"))) for item in items]
+    deselected = [item for item, wanted in zip(items, places, strict=True) if wanted and here not in wanted]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in set(deselected)]

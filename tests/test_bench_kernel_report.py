@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import kernel_report, kernels
+from bench import executed, kernel_report, kernels
 from bench.compiled import Launch
 from bench.kernel_report import CHUNKED, DEVICES, DTYPES, OURS, RESULTS
 
@@ -59,6 +59,7 @@ def test_report_of_some_launchers(
         12.5,
         21.0,
     ]
+    assert {row["kernel"] for row in found["executed"]} == {*phases, "gru_update_fwd_kernel"}
     assert (tmp_path / "kernel-floors.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "gru_update_fwd_kernel" in printed and "undeclared" in printed and "FLOORS, not measurements" in printed
@@ -73,6 +74,13 @@ def test_committed_report_covers_every_launcher() -> None:
         for arch in (80, 90, 100)
     }
     assert wanted == {(row["launcher"], row["kernel"], row["dtype"], row["arch"]) for row in COMMITTED["code"]}
+    found = {(row["launcher"], row["kernel"], row["dtype"], row["sizes"]) for row in COMMITTED["executed"]}
+    assert found == {
+        (launcher, kernel, dtype, sizes)
+        for launcher, kernel, dtype, _ in wanted
+        for sizes in ("aligned", "odd")
+        if not kernels.OPS[launcher].codes
+    }
     assert COMMITTED["bandwidth_gb_s"] == {name: rates[0] for name, rates in DEVICES.items()}
 
 
@@ -96,10 +104,12 @@ def test_tables_are_as_wide_as_they_say() -> None:
             ("code", kernel_report.Code),
             ("floors", kernel_report.Floor),
             ("moved", kernel_report.Moved),
+            ("executed", executed.Executed),
         )
     }
     console = Console(width=204, record=True, file=io.StringIO())
     kernel_report.show(rows["code"], rows["floors"], rows["moved"], console)
+    executed.show(rows["executed"], console)
     assert all(code.kernel in console.export_text(clear=False) for code in rows["code"])
     assert "…" not in console.export_text()
 
@@ -122,3 +132,45 @@ def test_occupancy(registers: int, shared: int, warps: int, arch: int, programs:
         "kernel", arch, (1,), warps, registers, shared=shared, loads=Counter(), stores=Counter(), asm={}, **counts
     )
     assert launch.programs_per_sm == programs and launch.occupancy == programs * warps / 64
+
+
+def calls(rows: list[executed.Executed]) -> dict[tuple, list[executed.Executed]]:
+    """The kernels of each call."""
+    found: dict[tuple, list[executed.Executed]] = {}
+    for row in rows:
+        found.setdefault((row.launcher, row.dtype, row.layout, row.shape), []).append(row)
+    return found
+
+
+def check_executed(rows: list[executed.Executed]) -> None:
+    """Bytes are those declared; whole sectors are asked for wherever sizes are multiples of the vector."""
+    for (launcher, dtype, _, shape), alike in calls(rows).items():
+        op, dtype = kernels.OPS[launcher], getattr(torch, dtype)
+        lanes, steps = op.extent(shape)
+        # what a convolution's program reads of its neighbours' pixels is not declared, and may come from the cache
+        if not op.convolves:
+            launches = Counter({row.kernel: steps if op.inputs is kernels.sequence_inputs else 1 for row in alike})
+            read, written, _ = op.work(shape, dtype, launches)
+            assert sum(row.bytes_per_element for row in alike) == pytest.approx((read + written) / lanes / steps)
+        for row in alike:
+            # Of a float32 state beside 16-bit tensors a thread reads 32 bytes in two halves, each half of a sector.
+            halves = dtype.itemsize == 2 and op.inputs is kernels.sequence_inputs
+            assert row.sizes == "odd" or row.sectors <= (1.5 if halves and op.convolves else 1.23 if halves else 1.1)
+
+
+def test_committed_executions() -> None:
+    rows = [executed.Executed(**{**row, "shape": tuple(row["shape"])}) for row in COMMITTED["executed"]]
+    check_executed(rows)
+    assert all(row.conflicts is None or row.conflicts <= 1.01 for row in rows)
+    bound = {(row.kernel, row.sizes) for row in rows if "issue" in row.bounds.values()}
+    assert ("mingru_bwd_kernel", "aligned") not in bound and ("mingru_fwd_kernel", "odd") in bound
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("mingru_fwd", "log_scan_bwd", "gru_update_fwd", "gru_rcn_bwd", "gru_rcn_fwd, gemm"))
+def test_executions_of_some_launchers(name: str) -> None:
+    rows = executed.execute_all({name: kernels.OPS[name]}, (torch.bfloat16,))
+    check_executed(rows)
+    assert {row.sizes for row in rows} == {"aligned", "odd"}
+    assert all(sum(row.instructions.values()) > 0 for row in rows)

@@ -5,6 +5,7 @@ import torch
 
 from convrnn import reference
 from convrnn.ops import gru_rcn
+from convrnn.ops._gru_rcn_tangent import restore
 
 from .compare import check_against_reference
 
@@ -143,6 +144,17 @@ def test_double_backward_where_gates_are_saturated(dtype, device):
     for name, a, b in zip(NAMES, actual, expected, strict=True):
         tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype] * b.abs().max().item()
         torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_candidate_that_division_rounded_beyond_1(sign, device):
+    """(1 - e) / (1 + e) of a GPU's division may be two units in the last place above 1, where atanh is NaN."""
+    x, h0, U, C = make(1, 2, device=device)
+    out = torch.zeros_like(x[:, :, :4])
+    gates = torch.cat([torch.full_like(out, value) for value in (0.5, 0.5, sign * (1 + 2**-22))], 2)
+    restored = restore([x, h0, None, U, C, None], [out, gates, None])
+    assert restored[0].isfinite().all()
 
 
 @pytest.mark.compiled

@@ -76,7 +76,7 @@ def test_every_instruction_set_passes_and_agrees(whole_report):
     ("variable", "value", "message"),
     [
         ("CONVRNN_ISA", "sse9", "CONVRNN_ISA must be one of"),
-        ("CONVRNN_BACKEND", "cudnn", "CONVRNN_BACKEND must be one of auto, triton"),
+        ("CONVRNN_BACKEND", "cudnn", "CONVRNN_BACKEND must be one of auto, triton, ptx"),
         ("CONVRNN_GRU_STEP", "triton", "CONVRNN_GRU_STEP must be one of cudnn, gemm, auto"),
     ],
 )
@@ -87,8 +87,9 @@ def test_wrong_switches_are_errors_at_import(variable, value, message):
 
 def test_forcing_a_backend_that_is_absent_raises():
     hide = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a)"
-    result = run("-c", f"{hide}; import convrnn", CONVRNN_BACKEND="triton")
-    assert result.returncode != 0 and "needs Triton" in result.stderr
+    for backend in ("triton", "ptx"):
+        result = run("-c", f"{hide}; import convrnn", CONVRNN_BACKEND=backend)
+        assert result.returncode != 0 and f"CONVRNN_BACKEND={backend} needs Triton" in result.stderr
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

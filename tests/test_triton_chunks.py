@@ -15,7 +15,7 @@ from .harness.associative import assert_associative
 from .harness.inputs import DTYPES, arrange, assert_close, double, randn
 from .test_triton_scans import LAYOUTS, SCAN_GRAD, check_log_scan, check_mingru
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.executed
 
 CHUNK = 6  # no multiple of the 4 steps that forward loads ahead
 STEPS = (2, 5, 6, 7, 12, 13)  # around a chunk and two of them

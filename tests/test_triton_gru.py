@@ -1,4 +1,4 @@
-"""The launchers of the GRU step and of GRU-RCN in Triton's interpreter, guarded, against convrnn.reference."""
+"""The launchers of the GRU step and of GRU-RCN as machine code, executed, against convrnn.reference."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ triton = pytest.importorskip("triton")
 from bench.kernels import Eager
 from convrnn.kernels import gru_gates, gru_rcn
 
-from .harness.guarded import guarded
 from .harness.inputs import DTYPES, arrange, assert_close, assert_grads, double, randn
 from .harness.live import Live
+from .harness.ptx.driver import executed
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.executed
 
 # Allowed error in units of the dtype's epsilon. A whole sequence also rounds what its convolutions see.
 STEP, STEP_GRAD, SEQUENCE = 4, 16, 64
@@ -33,7 +33,7 @@ def test_gru_step(dtype: torch.dtype, layout: str, state: str) -> None:
     xp, hp, xc, hc = frames(14, 1), frames(14, 2), frames(7, 3), frames(7, 4)
     h = frames(7, 5, dtype if state == "same" or dtype == torch.float64 else torch.float32)
     inputs = double(xp, hp, h)
-    with guarded():
+    with executed():
         z, r, rh = gru_gates.gru_gates_fwd(xp, hp, h)
         c, h_next = gru_gates.gru_update_fwd(xc, hc, z, h)
         dz, dr, drh = (frames(7, seed) for seed in (6, 7, 8))
@@ -45,7 +45,7 @@ def test_gru_step(dtype: torch.dtype, layout: str, state: str) -> None:
 
     inputs = double(xc, hc, z, h)
     expected = reference.gru_update(*inputs)
-    with guarded():
+    with executed():
         dc, dh_next = frames(7, 9), frames(7, 10, h.dtype)
         da, dz, dh = gru_gates.gru_update_bwd(dc, dh_next, z, c, h)
     for actual, truth in zip((c, h_next), expected, strict=True):
@@ -58,7 +58,7 @@ def test_gru_step_in_place() -> None:
     gates, hp, hc = (randn(2, c, 5, dtype=torch.bfloat16, seed=c) for c in (9, 6, 3))
     h = randn(2, 3, 5, dtype=torch.float32, seed=4)
     state, rounded, rh = h.clone(), torch.empty_like(hc), torch.empty_like(hc)
-    with guarded():
+    with executed():
         z, r, expected_rh = gru_gates.gru_gates_fwd(gates[:, :6], hp, h)
         c, h_next = gru_gates.gru_update_fwd(gates[:, 6:], hc, z, h)
         gru_gates.gru_gates_fwd(gates[:, :6], hp, state, (gates[:, :3], gates[:, 3:6], rh))
@@ -72,7 +72,7 @@ def test_tanh_keeps_relative_accuracy(dtype: torch.dtype) -> None:
     x = torch.cat((10.0 ** torch.linspace(-12, 2, 300), torch.linspace(0.4, 0.6, 101))).to(dtype)
     x = torch.cat((x, -x))[None]
     zero = torch.zeros_like(x)
-    with guarded():
+    with executed():
         c, _ = gru_gates.gru_update_fwd(x, zero, zero, zero)
     torch.testing.assert_close(c.double(), x.double().tanh(), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
@@ -94,7 +94,7 @@ def check_gru_rcn(inputs: list[Tensor | None], layout: str = "contiguous", seed:
 
     x, h0, W, U, C, bias = inputs
     dtype, x, h0 = x.dtype, arrange(x, layout), None if h0 is None else state(h0)
-    with guarded(seed):
+    with executed(seed):
         out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, bias)
         dout = arrange(randn(*out.shape, dtype=dtype, seed=7), layout)
         dh_n = state(randn(*h_n.shape, dtype=dtype, seed=8))
@@ -131,7 +131,7 @@ def test_gru_rcn_of_a_projection(layout: str) -> None:
 
 def test_gru_rcn_keeps_a_float32_state() -> None:
     x, h0, W, U, C, _ = sequence(torch.bfloat16, 4, (4, 3), True)
-    with guarded():
+    with executed():
         _, h_n, _ = gru_rcn.gru_rcn_fwd(x, h0.float(), W, U, C, None)
     expected = reference.gru_rcn(*double(x, h0, W, U, C))[1]
     assert h_n.dtype == torch.float32
@@ -142,7 +142,7 @@ def test_gru_rcn_keeps_a_float32_state() -> None:
 def test_gru_rcn_partial_gradients(with_h0: bool) -> None:
     """Absent upstream gradients count as zero, and what is not asked for comes back empty."""
     x, h0, W, U, C, _ = sequence(torch.float64, 3, (4, 3), with_h0)
-    with guarded():
+    with executed():
         out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, None)
         saved = (x, h0, W, U, C, out, gates)
         full = gru_rcn.gru_rcn_bwd(torch.zeros_like(out), h_n, *saved, [True] * 6)
@@ -196,7 +196,7 @@ def test_gru_rcn_reuses_its_buffers() -> None:
 def test_gru_rcn_empty(batch: int, steps: int) -> None:
     x, h0, W, U, C, bias = sequence(torch.float32, steps, (4, 3), True)
     x, h0 = x[:batch], h0[:batch]
-    with guarded():
+    with executed():
         out, h_n, gates = gru_rcn.gru_rcn_fwd(x, h0, W, U, C, bias)
         dx, dh0, *weights = gru_rcn.gru_rcn_bwd(out, 2 * h0, x, h0, W, U, C, out, gates, [True] * 6)
     assert torch.equal(h_n, h0) and (h_n.data_ptr() != h0.data_ptr() or batch == 0)

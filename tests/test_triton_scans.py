@@ -1,4 +1,4 @@
-"""The launchers of minGRU and log scan in Triton's interpreter, guarded, against the loops of convrnn.reference."""
+"""The launchers of minGRU and log scan as machine code, executed, against the loops of convrnn.reference."""
 
 import pytest
 import torch
@@ -11,17 +11,18 @@ triton = pytest.importorskip("triton")
 from convrnn.kernels import chunks, log_scan, mingru
 from convrnn.kernels.layout import dense_strides, is_channels_last
 
-from .harness.guarded import guarded
 from .harness.inputs import DTYPES, arrange, assert_close, assert_grads, double, randn
+from .harness.ptx.driver import executed
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.executed
 
 LAYOUTS = ("contiguous", "chunk", "channels_last", "time_first", "expanded", "odd")
 STEPS = (1, 2, 3, 4, 5, 6, 7)  # around the 4 steps that forward loads ahead, and the 2 of backward
 FEW_STEPS = (1, 4, 7)  # of a dtype that changes nothing of the loops: behind them, in them, both
 
-# Allowed error in units of the dtype's epsilon. Forward rounds float32 on output, backward reads what was rounded.
-SCAN, SCAN_GRAD = 4, 16
+# Allowed error in units of the dtype's epsilon. A gate's exponential and its division may each be off by two units in the
+# last place, and backward reads what was rounded.
+SCAN, SCAN_GRAD = 8, 16
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def check_mingru(gate_hidden: Tensor, h0: Tensor | None, seed: int = 0, codes: T
     inputs = double(gate_hidden, h0)
     masks = {} if codes is None else {"reset": codes % 2 == 1, "hold": codes >= 2}
     expected = reference.mingru(*inputs, **masks)
-    with guarded(seed):
+    with executed(seed):
         h, h_n = mingru.mingru_fwd(gate_hidden, h0, codes)
         dh, dh_n = randn(*h.shape, dtype=dtype, seed=3), randn(*h_n.shape, dtype=h_n.dtype, seed=4)
         actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h, codes)
@@ -94,7 +95,7 @@ def test_mingru_codes(layout: str, chunk: int, with_h0: bool, monkeypatch: pytes
 def test_mingru_empty(shape: tuple[int, ...]) -> None:
     gate_hidden = randn(*shape, dtype=torch.float32, seed=1)
     h0 = randn(shape[0], shape[2] // 2, 2, dtype=torch.float32, seed=2)
-    with guarded():
+    with executed():
         h, h_n = mingru.mingru_fwd(gate_hidden, h0)
         dgate_hidden, dh0 = mingru.mingru_bwd(h, 3 * h0, gate_hidden, h0, h)
         half = mingru.mingru_fwd(gate_hidden)[1]
@@ -108,7 +109,7 @@ def test_mingru_empty(shape: tuple[int, ...]) -> None:
 def test_mingru_absent_gradients_are_zero(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
     gate_hidden, h0 = randn(2, 5, 6, dtype=torch.float32, seed=1), randn(2, 3, dtype=torch.float32, seed=2)
-    with guarded():
+    with executed():
         h, h_n = mingru.mingru_fwd(gate_hidden, h0)
         for dh, dh_n in ((None, h_n), (h, None), (None, None)):
             actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h)
@@ -126,7 +127,7 @@ def test_mingru_extreme_logits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
     gate_hidden = torch.stack(torch.meshgrid(gate, gate, indexing="ij"), dim=0).reshape(1, 1, -1).expand(1, 13, -1)
     h0 = torch.full((1, 49), 3.0)
     dh, dh_n = randn(1, 13, 49, dtype=torch.float32, seed=3), randn(1, 49, dtype=torch.float32, seed=4)
-    with guarded():
+    with executed():
         h, h_n = mingru.mingru_fwd(gate_hidden, h0)
         actual = mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h)
     inputs = double(gate_hidden, h0)
@@ -151,7 +152,7 @@ def check_log_scan(log_a: Tensor, log_b: Tensor) -> None:
     dtype = log_b.dtype
     inputs = double(log_a, log_b)
     expected = reference.log_scan(*inputs)
-    with guarded(1):
+    with executed(1):
         log_x = log_scan.log_scan_fwd(log_a, log_b)
         dlog_x = randn(*log_x.shape, dtype=log_x.dtype, seed=3)
         actual = log_scan.log_scan_bwd(dlog_x, log_a, log_b, log_x)
@@ -179,7 +180,7 @@ def test_log_scan_of_zeros(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = torch.tensor([[zero if lane >> bit & 1 else one for lane in range(128)] for bit in range(7)])
     monkeypatch.setattr(chunks, "chunk_steps", lambda *_: chunk)
     log_a, log_b = patterns[None, :3].double(), patterns[None, 3:].double()
-    with guarded():
+    with executed():
         log_x = log_scan.log_scan_fwd(log_a, log_b)
         dlog_a, dlog_b = log_scan.log_scan_bwd(torch.ones_like(log_x), log_a, log_b, log_x)
     a, b = (x.exp().requires_grad_() for x in (log_a, log_b))

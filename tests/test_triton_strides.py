@@ -1,4 +1,4 @@
-"""Tensors whose elements lie more than 2^31 elements apart, in the interpreter: every offset takes 64 bits.
+"""Tensors whose elements lie more than 2^31 elements apart, executed: every offset takes 64 bits.
 
 An offset that wrapped would leave the tensor, which the guard reports, as the first test shows.
 """
@@ -12,10 +12,11 @@ tl = triton.language
 
 from convrnn.kernels import chunks, gru_gates, gru_rcn, log_scan, mingru
 
-from .harness.guarded import KernelFault, guarded
 from .harness.inputs import randn, spread_out
+from .harness.ptx import Fault
+from .harness.ptx.driver import executed
 
-pytestmark = pytest.mark.interpreted
+pytestmark = pytest.mark.executed
 
 FAR = 2**31 + 64
 DTYPE = torch.bfloat16
@@ -48,10 +49,15 @@ def copy_kernel(x, y, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
 def test_guard_finds_an_offset_that_wraps() -> None:
     x = randn(5, 8, dtype=DTYPE, seed=1)
     near, far = torch.empty_like(x), spread_out(x, 2**29 + 64)
-    with guarded():
+    with executed():
         copy_kernel[(5,)](far, near, far.stride(0), True, 8)
     assert torch.equal(near, x)
-    with guarded(), pytest.raises(KernelFault, match="copy_kernel, program 4: 8 lanes load out of bounds"):
+    with (
+        executed(),
+        pytest.raises(
+            Fault, match="copy_kernel, program 4, .* outside of the tensors of the launch: .* of x, which has"
+        ),
+    ):
         copy_kernel[(5,)](far, near, far.stride(0), False, 8)
 
 
@@ -72,7 +78,7 @@ def test_mingru(chunk: int) -> None:
     results = []
     for gate_hidden, h0, dh_n, h, dh in (near, far):
         h0, dh_n = h0[:2, 0], dh_n[:2, 0]
-        with guarded():
+        with executed():
             results.append((*mingru.mingru_fwd(gate_hidden, h0), *mingru.mingru_bwd(dh, dh_n, gate_hidden, h0, h)))
     assert_same(*results)
 
@@ -81,7 +87,7 @@ def test_log_scan(chunk: int) -> None:
     near, far = zip(scan(7), scan(7, 4, seed=2), scan(7, 4, seed=3), scan(7, 4, seed=4), strict=True)
     results = []
     for log_a, log_b, log_x, dlog_x in (near, far):
-        with guarded():
+        with executed():
             results.append((log_scan.log_scan_fwd(log_a, log_b), *log_scan.log_scan_bwd(dlog_x, log_a, log_b, log_x)))
     assert_same(*results)
 
@@ -90,7 +96,7 @@ def test_gru_step() -> None:
     near, far = zip(frame(1, 14), frame(2, 14), *(frame(seed) for seed in range(3, 9)), strict=True)
     results = []
     for xp, hp, xc, hc, h, z, c, rounded in (near, far):
-        with guarded():
+        with executed():
             gates = gru_gates.gru_gates_fwd(xp, hp, h, (xp[:, :7], xp[:, 7:], rounded))
             update = gru_gates.gru_update_fwd(xc, hc, z, h, (c, h, rounded))
             gates_bwd = gru_gates.gru_gates_bwd(xc, hc, c, z, z, h)
@@ -101,7 +107,7 @@ def test_gru_step() -> None:
 def test_gru_rcn_backward() -> None:
     near, far = zip(*(frame(seed) for seed in range(1, 11)), strict=True)
     for dh, *others in (near, far):
-        with guarded():
+        with executed():
             gru_gates.launch_step(gru_rcn.gru_rcn_bwd_candidate_kernel, dh, dh, *others, codes=(None,))
             gru_gates.launch_step(gru_rcn.gru_rcn_bwd_reset_kernel, dh, dh, *others[:5], codes=(None,))
     assert_same(near, far)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.layout import state_dtype
 from ._codes import HOLD, RESTART, has_bit
-from ._library import BACKEND
+from ._library import TRITON_ON_CPU
 
 
 def odd(weight: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _states(out: Tensor, h0: Tensor | None, codes: Tensor | None) -> Tensor:
 
 def _activations(gates: Tensor, features: int) -> Tensor:
     """z, r and c (B, T, 3*Oh, *S) from what the kernels of the device kept (kernels/cpu/gru_cell.h)."""
-    if gates.device.type != "cpu" or BACKEND == "triton":
+    if gates.device.type != "cpu" or TRITON_ON_CPU:
         return gates
     return gates.reshape(*gates.shape[:2], 3, *gates.shape[3:], features).movedim(-1, 3).flatten(2, 3)
 
@@ -82,7 +82,8 @@ def restore(primals: list[Tensor | None], returned: Sequence[Tensor | None]) -> 
         rh = zr[:, :, features:] * h
         most = 1e4  # where they round to 0 or 1: far out and finite in every dtype
         a_zr = torch.logit(zr).clamp(-most, most) - _convolve_all(h, U.to(dtype))
-        a_c = torch.atanh(c).clamp(-most, most) - _convolve_all(rh, C.to(dtype))
+        # a GPU's division, (1 - e) / (1 + e) of the kernel's tanh, may come out two units in the last place above 1
+        a_c = torch.atanh(c.clamp(-1.0, 1.0)).clamp(-most, most) - _convolve_all(rh, C.to(dtype))
         projection = torch.cat((a_zr, a_c), 2).to(x.dtype)
         return [x + (projection - x).detach(), *primals[1:]]
 

@@ -4,7 +4,9 @@ The environment variable CONVRNN_BACKEND chooses which kernels CPU tensors reach
 
 * unset or ``auto``: the C++ kernels;
 * ``triton``: the Triton kernels, in Triton's interpreter. Slow, and exact enough to test the GPU's code path - launchers,
-  ops, autograd, modules - on a machine without a GPU.
+  ops, autograd, modules - on a machine without a GPU;
+* ``ptx``: the Triton kernels, compiled, on whatever driver Triton was given. The tests give it one that executes the
+  machine code on CPU tensors (``tests/harness/ptx``); there is none besides.
 
 CUDA tensors always reach the Triton kernels.
 
@@ -29,7 +31,7 @@ import torch
 
 from ._check import autocast_is_on
 
-BACKENDS = ("auto", "triton")
+BACKENDS = ("auto", "triton", "ptx")
 GRU_STEPS = ("cudnn", "gemm", "auto")
 
 
@@ -55,21 +57,21 @@ def _setting(name: str, values: tuple[str, ...]) -> str:
 
 def _choose_backend() -> str:
     backend = _setting("CONVRNN_BACKEND", BACKENDS)
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise ImportError("CONVRNN_BACKEND=triton needs Triton, which is not installed: pip install triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            # Triton reads the variable when its own functions are defined.
-            if "triton" in sys.modules:
-                raise ImportError(
-                    "CONVRNN_BACKEND=triton runs Triton's interpreter: set TRITON_INTERPRET=1 or import convrnn before triton"
-                )
-            os.environ["TRITON_INTERPRET"] = "1"
+    if backend != "auto" and importlib.util.find_spec("triton") is None:
+        raise ImportError(f"CONVRNN_BACKEND={backend} needs Triton, which is not installed: pip install triton")
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads the variable when its own functions are defined.
+        if "triton" in sys.modules:
+            raise ImportError(
+                "CONVRNN_BACKEND=triton runs Triton's interpreter: set TRITON_INTERPRET=1 or import convrnn before triton"
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
     return backend
 
 
 LIBRARY = _find_library()
 BACKEND = _choose_backend()
+TRITON_ON_CPU = BACKEND != "auto"
 GRU_STEP = _setting("CONVRNN_GRU_STEP", GRU_STEPS)
 torch.ops.load_library(str(LIBRARY))
 # Reads CONVRNN_ISA: a wrong value is an error at import, not at the first call.
@@ -82,7 +84,7 @@ _autocast_kernels: dict[str, Callable[..., Any]] = {}
 def register_triton(op: str, kernel: Callable[..., Any]) -> None:
     """Registers the function that calls the Triton launcher of ``op`` for CUDA tensors (and see CONVRNN_BACKEND)."""
     _registrations.impl(op, kernel, "CUDA")
-    if BACKEND == "triton":
+    if TRITON_ON_CPU:
         with warnings.catch_warnings():
             # Replacing the C++ kernel is the purpose.
             warnings.filterwarnings("ignore", message="Warning only once for all operators")

@@ -1,4 +1,4 @@
-"""Whether a combine may be given to ``tl.associative_scan``, which regroups it on a GPU and never in the interpreter."""
+"""Whether a combine may be given to ``tl.associative_scan``, which groups it as it likes."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def assert_associative(
     rtol: float = 1e-5,
     of: Callable[[Tensor], Tensor] = lambda parts: parts,
 ) -> None:
-    """Compare (a b) c with a (b c) in the interpreter.
+    """Compare (a b) c with a (b c).
 
     Args:
         combine: takes the parts of two elements and returns those of their combination, a tuple.

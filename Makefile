@@ -50,7 +50,7 @@ test-gpu: $(LIBRARY)
 # The C++ kernels under the address and undefined-behaviour sanitizers, in the tests of ops and modules. The sanitizers'
 # libraries must come before Python's own; leaks are not counted, for Python's are not ours. The next plain make builds
 # without them again.
-SANITIZED := $(foreach name,mingru mingru_masks log_scan scan_chunks gru_gates gru_rcn gru_rcn_masks gru_rcn_projection nn_mingru nn_conv_mingru nn_masks nn_gru_rcn nn_conv_gru nn_stacked_gru_rcn nn_bidirectional,tests/test_$(name).py)
+SANITIZED := $(foreach name,mingru mingru_masks log_scan scan_chunks gru_gates gru_rcn gru_rcn_masks gru_rcn_projection gru_rcn_outliers gru_rcn_library nn_mingru nn_conv_mingru nn_masks nn_gru_rcn nn_conv_gru nn_stacked_gru_rcn nn_bidirectional,tests/test_$(name).py)
 test-sanitized:
 	$(MAKE) setup SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \

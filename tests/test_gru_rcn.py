@@ -181,8 +181,12 @@ FRAMES = [((16, 160), (14, 14)), ((3, 20), (9, 11)), ((16, 24), (7, 10)), ((4, 8
     ],
     ids=str,
 )
-def test_threads_do_not_change_a_bit(batch, channels, size, kernel, dtype):
-    """Whether threads take whole samples, and how many together, or share rows and channels follows from their number."""
+def test_threads_do_not_change_a_bit(batch, channels, size, kernel, dtype, monkeypatch):
+    """Whether threads take whole samples, and how many together, or share rows and channels follows from their number.
+
+    Of our convolutions: PyTorch's promise nothing.
+    """
+    monkeypatch.setenv("CONVRNN_CPU_CONV", "own")
     before = torch.get_num_threads()
     kernels = [(kernel,) * len(size)] * 3
     leaves = [x.requires_grad_() for x in make(batch, 3, channels, size, kernels, bias=True, dtype=dtype)]

@@ -1,7 +1,8 @@
 """An outlier in a frame, such as a fill value of radar or climate data, spoils no element that does not see it.
 
 Each convolution of the op is looked at alone: forward through the activations that are kept, data and weight gradients through
-activations that are given. An element may be off by 2e-5 of what it sums, or of the median of these sums over its frame.
+activations that are given. An element may be off by 2e-5 of what it sums, or of the median of these sums over its frame. This is
+what our own convolutions hold; channels have weights of like size.
 """
 
 import pytest
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.compiled
 BOUND = {torch.float32: 2e-5, torch.float64: 4e-14, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 # Of its own sum an element may be off by the rounding of 16-bit factors and results too.
 ROUNDING = {torch.float32: 1e-6, torch.float64: 2e-15, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def own_convolutions(monkeypatch):
+    monkeypatch.setenv("CONVRNN_CPU_CONV", "own")
+
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -254,3 +261,29 @@ def test_nan_and_infinity_reach_what_sees_them(shape, dtype, value):
         weight_gradient(ones, (~da.isfinite()).double(), W.double()) > 0.5
     )  # those that read a pixel of the frame there
     assert torch.equal(~dW.isfinite(), taps)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("where", ["x", "dout"])
+def test_nan_beside_zeros(where, value):
+    """0 * NaN is summed by the taps that read both, and by no others."""
+    x, dout = torch.ones(1, 1, 16, 13, 13), torch.ones(1, 1, 16, 13, 13)
+    bad, zero = (x, dout) if where == "x" else (dout, x)
+    bad[0, 0, 0, 0, 6] = value
+    zero[..., :7, :] = 0
+    gates = torch.full((1, 48, 13, 13), 0.5)
+    W, U, C = weight(48, 16, (3, 3), x.dtype), none(32, 16, 2, x.dtype), none(16, 16, 2, x.dtype)
+    dW = torch.ops.convrnn.gru_rcn_backward(
+        dout, None, x, None, W, U, C, torch.full_like(dout, 0.25), gates[:, None], [True] * 6, None, None
+    )[2]
+    up = dout[:, 0].double()
+    da = torch.cat((up / 8, torch.zeros_like(up), up * 3 / 8), 1)
+    # by taps: the library's gradient may read zeros around the frame
+    padded = F.pad(x[:, 0].double(), (1, 1, 1, 1), value=1.0)
+    expected = torch.zeros(48, 16, 3, 3, dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            rows, columns = slice(max(0, 1 - i), 13 - max(0, i - 1)), slice(max(0, 1 - j), 13 - max(0, j - 1))
+            read = padded[0, :, i : i + 13, j : j + 13][:, rows, columns]
+            expected[:, :, i, j] = torch.einsum("nyx,kyx->nk", da[0][:, rows, columns], read)
+    assert torch.equal(dW.isfinite(), expected.isfinite())

@@ -12,7 +12,7 @@
 //
 // Where the batch serves all threads each takes whole samples through a chunk of steps, with the state in its cache, and of
 // small frames some together; else they share every stage's rows and channels. Neither changes a bit of the result. With codes
-// each sample comes by itself.
+// each sample comes by itself. All this but where PyTorch's convolutions are taken (gru_rcn_library.h).
 // Source: Ballas et al., ICLR 2016, arXiv 1511.06432.
 
 #include "gru_cell.h"
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_rcn(const Tensor& x, const std::optional<
     dispatch_dtype("convrnn::gru_rcn", x, [&](auto zero) {
       using T = decltype(zero);
       if constexpr (kHasLibrary<T>) {
-        if (takes_library(problem, W.has_value(), x.scalar_type(), codes, false)) {
+        if (takes_library(problem, x, W.has_value(), codes, false)) {
           return library_forward<T>(problem, x, h0.has_value(), W, U, C, bias, out, state, gates);
         }
       }
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_rcn_backward(
     dispatch_dtype("convrnn::gru_rcn_backward", x, [&](auto zero) {
       using T = decltype(zero);
       if constexpr (kHasLibrary<T>) {
-        if (gates.numel() > 0 && takes_library(problem, W.has_value(), x.scalar_type(), codes, true)) {
+        if (gates.numel() > 0 && takes_library(problem, x, W.has_value(), codes, true)) {
           return library_backward<T>(problem, operands, torch::stable::contiguous(gates), dh, gradients);
         }
       }

@@ -27,8 +27,8 @@ Shape paddings(const Tensor& weight) {
   return sizes;
 }
 
-// The taps of an odd kernel that meet a frame of x's size anywhere; with the others the library's convolutions are wrong in places
-// (bfloat16, 5x5 on 1x1).
+// The taps of an odd kernel that meet a frame of x's size anywhere; with the others the library's convolutions of frames are wrong in
+// places (bfloat16, 5x5 on 1x1).
 Tensor reaching(Tensor weight, const Tensor& x) {
   for (int64_t d = 2, from_end = weight.dim() - 2; d < weight.dim(); ++d, --from_end) {
     const int64_t half = weight.size(d) / 2, reach = std::min(half, x.size(x.dim() - from_end) - 1);
@@ -226,7 +226,7 @@ struct Planes {
   }
 };
 
-// A tensor in memory that is kept from call to call (buffer.h).
+// A tensor in memory that the next call takes (buffer.h): it must not be returned.
 template <class T>
 class Scratch {
  public:
@@ -462,17 +462,27 @@ bool is_cheaper(const Problem& p, bool projects, bool bfloat16, bool backward) {
 
 }  // namespace
 
-bool takes_library(const Problem& p, bool projects, ScalarType dtype, const Codes& codes, bool backward) {
+bool takes_library(const Problem& p, const Tensor& x, bool projects, const Codes& codes, bool backward) {
   const char* const chosen = std::getenv("CONVRNN_CPU_CONV");
-  const std::string choice = chosen == nullptr ? "auto" : chosen;
+  const std::string choice = chosen == nullptr || *chosen == 0 ? "auto" : chosen;
   STD_TORCH_CHECK(choice == "auto" || choice == "own" || choice == "library",
                   "CONVRNN_CPU_CONV: expected auto, own or library, got '", choice, "'");
-  const bool bfloat16 = dtype == ScalarType::BFloat16;
-  bool fits = (dtype == ScalarType::Float || (bfloat16 && multiplies_pairs())) && !codes.any();
+#ifdef CONVRNN_X86
+  constexpr bool kMeasured = true;
+#else
+  constexpr bool kMeasured = false;  // nor is it known what the library takes there
+#endif
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  // In bfloat16 the library's weight gradients of volumes hold what it did not write.
+  bool fits = kMeasured && !codes.any() &&
+              (x.scalar_type() == ScalarType::Float || (bfloat16 && multiplies_pairs() && x.dim() < 6));
   for (const Size& kernel : {p.w, p.u, p.c}) {
     fits = fits && kernel.depth % 2 == 1 && kernel.height % 2 == 1 && kernel.width % 2 == 1;
   }
-  return fits && choice != "own" && (choice == "library" || is_cheaper(p, projects, bfloat16, backward));
+  // The library projects all frames at once: not where that would take much memory.
+  constexpr int64_t kMost = 64 << 20;
+  const bool small = p.batch * p.steps * 3 * p.channels * p.pixels() <= kMost / static_cast<int64_t>(sizeof(float));
+  return fits && choice != "own" && (choice == "library" || (small && is_cheaper(p, projects, bfloat16, backward)));
 }
 
 #define CONVRNN_INSTANTIATE(T)                                                                                              \

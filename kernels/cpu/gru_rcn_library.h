@@ -10,7 +10,7 @@ constexpr bool kHasLibrary = std::is_same_v<T, float> || std::is_same_v<T, c10::
 
 // Whether the library's convolutions should be faster at this shape, or CONVRNN_CPU_CONV (auto, own, library) says so. Forward and
 // backward choose for themselves.
-bool takes_library(const Problem& problem, bool projects, ScalarType dtype, const Codes& codes, bool backward);
+bool takes_library(const Problem& problem, const Tensor& x, bool projects, const Codes& codes, bool backward);
 
 // As `forward` of gru_rcn.cpp; h_n holds h0, or zeros.
 template <class T>

@@ -4,7 +4,9 @@
 // outputs sums, or beside what a usual output of the frame sums.
 //
 // A pixel's sum is that of its magnitudes over the channels. Its rounding errors in a product with the weights add up as independent ones
-// do, so its size is the square root of the sum of squares. What costs little finds that a row of tiles is usual: eight sums a frame,
+// do, so its size is the square root of the sum of squares. Both take the weights of all channels for alike: an outlier in a channel with
+// large weights may hide behind another with far larger values and far smaller weights. What costs little finds that a row of tiles is
+// usual: sixteen sums a frame, the fifth smallest of which is below the median of frames that are not made to have it otherwise,
 // and the sum of squares of each row of pixels. Only where that fails are sums of all pixels looked at. What a tile is found to be
 // depends on its frame alone, not on the tiles and frames that are computed beside it.
 #pragma once
@@ -107,9 +109,11 @@ struct Reduce {
   }
 };
 
-// Offsets of the first lanes of eight pixels, spread over the frame as the points of the sequence R2 are.
-inline std::array<int64_t, 8> sampled_pixels(const Frame& frame, int64_t pitch) {
-  std::array<int64_t, 8> offsets;
+constexpr size_t kSampled = 16;
+
+// Offsets of the first lanes of some pixels, spread over the frame as the points of the sequence R2 are.
+inline std::array<int64_t, kSampled> sampled_pixels(const Frame& frame, int64_t pitch) {
+  std::array<int64_t, kSampled> offsets;
   for (size_t i = 0; i < offsets.size(); ++i) {
     const auto along = [&](double step, int64_t size) {
       const double at = 0.5 + step * static_cast<double>(i + 1);
@@ -123,8 +127,8 @@ inline std::array<int64_t, 8> sampled_pixels(const Frame& frame, int64_t pitch) 
 
 // The sums of magnitudes of those pixels, the smallest first; infinity for NaN.
 template <class A>
-std::array<A, 8> sampled_sums(const A* frame, const std::array<int64_t, 8>& offsets, int64_t lanes) {
-  std::array<A, 8> sums;
+std::array<A, kSampled> sampled_sums(const A* frame, const std::array<int64_t, kSampled>& offsets, int64_t lanes) {
+  std::array<A, kSampled> sums;
   for (size_t i = 0; i < sums.size(); ++i) {
     run<Reduce<A, SumOfMagnitudes<A>>>(frame + offsets[i], lanes, int64_t{1}, lanes, &sums[i]);
     sums[i] = sums[i] >= 0 ? sums[i] : std::numeric_limits<A>::infinity();
@@ -151,10 +155,11 @@ class Outliers {
     ratio_ = (tile == 4 ? kRatio : 6 * kRatio) / std::sqrt(static_cast<A>(depth));
   }
 
-  // The frame to look at, and the first row of its tiles. A usual pixel is the third smallest of eight: below the median.
+  // The frame to look at, and the first row of its tiles.
   void begin(const A* frame, int64_t row) {
     frame_ = frame;
-    usual_ = sampled_sums(frame, sampled_, shape_.in.lanes())[2] * static_cast<A>(shape_.kernel.pixels());
+    const A usual = sampled_sums(frame, sampled_, shape_.in.lanes())[kSampled / 4];
+    usual_ = usual <= kMost<A> ? usual * static_cast<A>(shape_.kernel.pixels()) : A(0);
     first_ = row - shape_.before.height;
     squares_.clear();
   }
@@ -191,15 +196,15 @@ class Outliers {
     }
     // Of what the outputs sum the least, without the largest third of each: the weights of a few pixels may be next to nothing.
     A least = std::numeric_limits<A>::infinity();
-    std::vector<A> window(kernel.pixels());
-    const auto counted = window.end() - kernel.pixels() / 3;
+    window_.resize(kernel.pixels());
+    const auto counted = window_.end() - kernel.pixels() / 3;
     for (int64_t y = 0; y < tile_ && row + y < frame.height; ++y) {
       for (int64_t x = 0; x < tile_ && column + x < frame.width; ++x) {
         for (int64_t tap = 0; tap < kernel.pixels(); ++tap) {
-          window[tap] = sums_[(y + tap / kernel.width) * columns_ + x + tap % kernel.width];
+          window_[tap] = sums_[(y + tap / kernel.width) * columns_ + x + tap % kernel.width];
         }
-        std::nth_element(window.begin(), counted - 1, window.end());
-        least = std::min(least, std::accumulate(window.begin(), counted, A(0)));
+        std::nth_element(window_.begin(), counted - 1, window_.end());
+        least = std::min(least, std::accumulate(window_.begin(), counted, A(0)));
       }
     }
     return size > ratio_ * std::max(least, usual_);
@@ -231,13 +236,13 @@ class Outliers {
 
   ConvShape shape_;
   int64_t tile_, rows_, columns_;  // of a patch, that of all blocks
-  std::array<int64_t, 8> sampled_;
+  std::array<int64_t, kSampled> sampled_;
   A ratio_;
 
   const A* frame_ = nullptr;
   A usual_ = 0;
   int64_t first_ = 0;       // row of squares_
-  std::vector<A> squares_, sums_;
+  std::vector<A> squares_, sums_, window_;
 };
 
 // What a weight gradient must know of the magnitudes in some lanes of a frame.
@@ -253,12 +258,12 @@ struct Magnitudes {
       run<Reduce<A, Magnitude<A>>>(frame + size.pixel(row) * pitch, pitch, size.size.width, lanes, &of_row);
       largest = Magnitude<A>::join(largest, of_row);
     }
-    // Third smallest of eight pixels as elsewhere, but of those that are not zero, for a sum over the frame leaves these out.
-    const std::array<A, 8> sums = sampled_sums(frame, sampled_pixels(size, pitch), lanes);
+    // A quarter of the way up as elsewhere, but of those that are not zero, for a sum over the frame leaves these out.
+    const std::array<A, kSampled> sums = sampled_sums(frame, sampled_pixels(size, pitch), lanes);
     const auto some = std::upper_bound(sums.begin(), sums.end(), A(0));
     if (some != sums.end()) {
       const auto count = sums.end() - some;
-      usual = some[count / 4] * static_cast<A>(count) / A(8) / static_cast<A>(lanes);
+      usual = some[count / 4] * static_cast<A>(count) / A(kSampled) / static_cast<A>(lanes);
     }
   }
   bool finite() const {

@@ -90,7 +90,6 @@ WeightGradient<A>::WeightGradient(const ConvShape& shape, int64_t first_lane, in
       panels_(make_panels(1, columns_, panel_blocks<A>())) {
   const int64_t lanes = shape.in.lanes();
   pairs_ = pairs_ && tile_ == 0;
-  pixels_ = static_cast<A>(shape.frame.size.pixels() * std::min<int64_t>(4, frames));
   if (tile_ > 0) {
     units_ = squares(shape.block_lanes()) * squares(columns_);
     size_ = units_ * products(tile_) * kSquare * kSquare;
@@ -300,11 +299,11 @@ typename WeightGradient<A>::Square WeightGradient<A>::square_of(int64_t task) co
   return {lane, std::min(kSquare, shape_.block_lanes() - lane), column, std::min(kSquare, columns_ - column)};
 }
 
-// Whether factors of these magnitudes put no weight's gradient off by more than 1e-5 of what it sums, in float32.
+// Whether factors of these magnitudes put no weight's gradient off by more than 1e-5 of what it sums over the frame, in float32.
 template <class A>
 bool WeightGradient<A>::small(A x, A dy, const Factor& input, const Factor& gradient) const {
   constexpr A kRatio = 4;  // measured: kernels/README.md
-  const A sum = pixels_ * input.magnitudes.usual * gradient.magnitudes.usual;
+  const A sum = static_cast<A>(shape_.frame.size.pixels()) * input.magnitudes.usual * gradient.magnitudes.usual;
   return x <= kMost<A> && dy <= kMost<A> && x * dy <= kRatio * sum;
 }
 
@@ -329,7 +328,8 @@ bool WeightGradient<A>::has_outlier(const Square& square, const Factor& input, c
     look(dy, gradient.frame + (frame.pixel(0, row + y) + column) * shape_.out.pixel + first_lane_ + square.column,
          shape_.out.pixel, tile_, square.columns);
   }
-  return x != 0 && dy != 0 && !small(x, dy, input, gradient);
+  const bool finite = std::isfinite(x) && std::isfinite(dy);
+  return !(finite && (x == 0 || dy == 0)) && !small(x, dy, input, gradient);
 }
 
 // No tap reads the zeros around the frame.

@@ -63,7 +63,6 @@ class WeightGradient {
   int64_t first_lane_, columns_, units_, groups_, size_;  // size_: sums of a group
   bool pairs_;    // products of bfloat16, pairs of pixels
   int64_t tile_;  // of Winograd's method, or 0
-  A pixels_;      // that surely are summed, of frames with magnitudes like one's own
   std::vector<Panel> panels_;
   Buffer<A> sums_;
   std::vector<Buffer<A>> exact_;  // of tasks that met tiles with outliers: the square's weights, by taps of the block

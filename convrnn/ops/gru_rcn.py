@@ -39,7 +39,7 @@ def gru_rcn(
     and what is held out of the recurrence has no influence on what follows, be it NaN, and gets no gradient from it. (A frame
     that is NaN has NaN in its own gradients; hold it.)
 
-    On the CPU an infinity in x makes NaN of the pixels around it, some of which plain arithmetic would leave finite.
+    On the CPU NaN, infinity and outliers, such as a fill value of -9999, spoil no element that does not see them.
     Export for inference under ``torch.no_grad()``: where gradients are on, activations are kept.
 
     Differentiable any number of times, in reverse and in forward mode, and under ``torch.func``'s transforms. Tangents

@@ -263,7 +263,8 @@ struct Magnitudes {
     const auto some = std::upper_bound(sums.begin(), sums.end(), A(0));
     if (some != sums.end()) {
       const auto count = sums.end() - some;
-      usual = some[count / 4] * static_cast<A>(count) / A(kSampled) / static_cast<A>(lanes);
+      const A lane = some[count / 4] / static_cast<A>(lanes);
+      usual = lane <= kMost<A> ? lane * static_cast<A>(count) / A(kSampled) : A(0);
     }
   }
   bool finite() const {

@@ -39,6 +39,13 @@ int64_t squares(int64_t lanes) {
   return (lanes + kSquare - 1) / kSquare;
 }
 
+// Whether factors of these magnitudes put no weight's gradient off by more than 1e-5 of what it sums over the frames, in float32.
+template <class A>
+bool small(A x, A dy, A usual) {
+  constexpr A kRatio = 4;  // measured: kernels/README.md
+  return x <= kMost<A> && dy <= kMost<A> && x * dy <= kRatio * usual;
+}
+
 // Frames that a task rounds to pairs at once, for a panel: as many as stay in the second-level cache, one of up to kMost bytes.
 struct PairRows {
   int64_t taps, phases;  // of the kernel's width; of a pair's first pixel, even and odd
@@ -121,14 +128,19 @@ int64_t WeightGradient<A>::scratch_size() const {
 
 template <class A>
 void WeightGradient<A>::add(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A* scratch) {
+  // What the products of usual lanes sum to over all frames.
+  A usual = 0;
+  for (int64_t f = 0; f < frames; ++f) {
+    usual += inputs[f].magnitudes.usual * gradients[f].magnitudes.usual * static_cast<A>(shape_.frame.size.pixels());
+  }
   const int64_t group = task / units_, unit = task % units_;
   const int64_t begin = group * frames / groups_, count = (group + 1) * frames / groups_ - begin;
   A* sums = sums_.data() + group * size_;
   A* square = sums + unit * products(tile_) * kSquare * kSquare;
   if (tile_ == 2) {
-    winograd<2>(task, inputs + begin, gradients + begin, count, square, scratch);
+    winograd<2>(task, inputs + begin, gradients + begin, count, usual, square, scratch);
   } else if (tile_ == 4) {
-    winograd<4>(task, inputs + begin, gradients + begin, count, square, scratch);
+    winograd<4>(task, inputs + begin, gradients + begin, count, usual, square, scratch);
   } else if (pairs_) {
     pairs(unit, inputs + begin, gradients + begin, count, sums, scratch);
   } else {
@@ -255,7 +267,7 @@ void WeightGradient<A>::pairs([[maybe_unused]] int64_t unit, [[maybe_unused]] co
 // A square of sums, some rows of tiles of a frame at a time.
 template <class A>
 template <int M>
-void WeightGradient<A>::winograd(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums,
+void WeightGradient<A>::winograd(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A usual, A* sums,
                                  A* scratch) {
   const Frame& frame = shape_.frame;
   const Square square = square_of(task);
@@ -271,9 +283,9 @@ void WeightGradient<A>::winograd(int64_t task, const Factor* inputs, const Facto
       shape_.template transform_inputs<A, M>(inputs[f].frame, y, square.lane, square.lanes, x_row, x_plane);
       run<winograd::Gradient<A, M>>(gradients[f].frame + frame.pixel(0, y) * pixel + first_lane_ + square.column,
                                     frame.width * pixel, pixel, dy_row, dy_plane, across, square.columns);
-      const bool none = small(inputs[f].magnitudes.largest, gradients[f].magnitudes.largest, inputs[f], gradients[f]);
+      const bool none = small(inputs[f].magnitudes.largest, gradients[f].magnitudes.largest, usual);
       for (int64_t tile = 0; !none && tile < across; ++tile) {
-        if (has_outlier(square, inputs[f], gradients[f], y, tile * M)) {
+        if (has_outlier(square, inputs[f].frame, gradients[f].frame, y, tile * M, usual)) {
           exactly(task, inputs[f].frame, gradients[f].frame, y, tile * M);
           for (int64_t product = 0; product < products(M); ++product) {
             std::fill_n(x_row + product * x_plane + tile * square.lanes, square.lanes, A(0));
@@ -299,17 +311,9 @@ typename WeightGradient<A>::Square WeightGradient<A>::square_of(int64_t task) co
   return {lane, std::min(kSquare, shape_.block_lanes() - lane), column, std::min(kSquare, columns_ - column)};
 }
 
-// Whether factors of these magnitudes put no weight's gradient off by more than 1e-5 of what it sums over the frame, in float32.
 template <class A>
-bool WeightGradient<A>::small(A x, A dy, const Factor& input, const Factor& gradient) const {
-  constexpr A kRatio = 4;  // measured: kernels/README.md
-  const A sum = static_cast<A>(shape_.frame.size.pixels()) * input.magnitudes.usual * gradient.magnitudes.usual;
-  return x <= kMost<A> && dy <= kMost<A> && x * dy <= kRatio * sum;
-}
-
-template <class A>
-bool WeightGradient<A>::has_outlier(const Square& square, const Factor& input, const Factor& gradient, int64_t row,
-                                    int64_t column) const {
+bool WeightGradient<A>::has_outlier(const Square& square, const A* input, const A* gradient, int64_t row, int64_t column,
+                                    A usual) const {
   const Frame& frame = shape_.frame;
   const Blocks blocks(shape_.kernel);
   A x = 0, dy = 0;
@@ -321,15 +325,15 @@ bool WeightGradient<A>::has_outlier(const Square& square, const Factor& input, c
   shape_.each_run(square.lane, square.lanes, [&](int64_t block, int64_t channel, int64_t n, int64_t) {
     for (int64_t y = 0; y < tile_ + 2; ++y) {
       const int64_t pixel = frame.pixel(0, row + y + blocks.row(block) - shape_.before.height) + column + blocks.column(block);
-      look(x, input.frame + (pixel - shape_.before.width) * shape_.in.pixel + channel, shape_.in.pixel, tile_ + 2, n);
+      look(x, input + (pixel - shape_.before.width) * shape_.in.pixel + channel, shape_.in.pixel, tile_ + 2, n);
     }
   });
   for (int64_t y = 0; y < tile_; ++y) {
-    look(dy, gradient.frame + (frame.pixel(0, row + y) + column) * shape_.out.pixel + first_lane_ + square.column,
+    look(dy, gradient + (frame.pixel(0, row + y) + column) * shape_.out.pixel + first_lane_ + square.column,
          shape_.out.pixel, tile_, square.columns);
   }
   const bool finite = std::isfinite(x) && std::isfinite(dy);
-  return !(finite && (x == 0 || dy == 0)) && !small(x, dy, input, gradient);
+  return !(finite && (x == 0 || dy == 0)) && !small(x, dy, usual);
 }
 
 // No tap reads the zeros around the frame.

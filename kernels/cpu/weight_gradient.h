@@ -1,5 +1,5 @@
 // Gradients of a convolution's weights and bias. As in convolutions, what an outlier of a frame would spoil is computed directly:
-// a tile whose largest factors are large beside what a usual weight's gradient sums over the frame; and a frame with NaN or infinity,
+// a tile whose largest factors are large beside what a usual weight's gradient sums; and a frame with NaN or infinity,
 // whose zeros around it would make NaN of taps that do not see it.
 #pragma once
 
@@ -41,7 +41,7 @@ class WeightGradient {
   void direct(int64_t unit, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums) const;
   void pairs(int64_t panel, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums, A* scratch) const;
   template <int M>
-  void winograd(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A* sums, A* scratch);
+  void winograd(int64_t task, const Factor* inputs, const Factor* gradients, int64_t frames, A usual, A* sums, A* scratch);
   // A row of the kernel and a panel, of a frame with NaN or infinity: no tap reads the zeros around it.
   void exactly(int64_t kernel_row, const Panel& panel, const A* input, const A* gradient, A* sums) const;
   // Of Winograd's sums, those of a task: so many lanes of the blocks and columns of the output.
@@ -49,10 +49,9 @@ class WeightGradient {
     int64_t lane, lanes, column, columns;
   };
   Square square_of(int64_t task) const;
-  bool small(A x, A dy, const Factor& input, const Factor& gradient) const;
-  // Whether a tile that begins at this pixel has factors whose product is large beside a usual one, and what it gives to the
-  // task's weights then.
-  bool has_outlier(const Square& square, const Factor& input, const Factor& gradient, int64_t row, int64_t column) const;
+  // Whether a tile that begins at this pixel has factors whose product is large beside the sum of usual ones, and what it gives
+  // to the task's weights then.
+  bool has_outlier(const Square& square, const A* input, const A* gradient, int64_t row, int64_t column, A usual) const;
   void exactly(int64_t task, const A* input, const A* gradient, int64_t row, int64_t column);
   void add_exact(int64_t lane, int64_t column, A* of_block) const;
   // Sums of weights of input lane k and kColumns output lanes from `column` on, and the distance from tap to tap (direct) or

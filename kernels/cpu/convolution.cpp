@@ -186,6 +186,7 @@ Convolution<A>::Convolution(const ConvShape& shape, const Weights<const T>& weig
       tile_(exactly ? 0 : shape.tile(pairs_)) {
   pairs_ = pairs_ && tile_ == 0;
   if (tile_ > 0) {
+    outliers_ = std::make_shared<Outliers<A>>(shape, tile_);
     exact_ = std::make_unique<Exact>();
     exact_->make = [shape, weights] { return std::make_unique<Convolution>(shape, weights, true); };
   }
@@ -394,7 +395,7 @@ void Convolution<A>::winograd(const A* in, const Batch& batch, const Part& part,
   const int64_t out_row = size.width * shape_.out.pixel;
   const int64_t across = tiles(size.width, M), down = tiles(part.row_end - part.row_begin, M);
   const int64_t depth = M == 4 ? kDepth : lanes, most_rows = std::max<int64_t>(1, most_tiles(M) / across);
-  Outliers<A> outliers(shape_, M);
+  Outliers<A> outliers = *outliers_;
   struct Tile {
     int64_t row, across;  // the row of tiles, through all frames, and the place in it
   };

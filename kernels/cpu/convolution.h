@@ -176,6 +176,9 @@ struct Batch {
 std::vector<Panel> make_panels(int64_t gates, int64_t lanes, int64_t most_blocks);
 
 template <class A>
+class Outliers;
+
+template <class A>
 class Convolution {
  public:
   // Packs the weights, which is done once for all frames. They must outlive the convolution: for tiles with outliers they are
@@ -214,6 +217,7 @@ class Convolution {
   bool pairs_;    // products of bfloat16
   int64_t tile_;  // of Winograd's method, or 0
   std::unique_ptr<Exact> exact_;
+  std::shared_ptr<const Outliers<A>> outliers_;  // that has looked at no frame yet
   std::vector<ConvShape::Taps> taps_;  // of the direct method
   int64_t panel_size_;  // packed elements of a panel of one block
   std::vector<Panel> panels_;

@@ -34,15 +34,20 @@ void accumulate(const Problem& p, std::vector<Target<T>>& targets, const std::ve
   using Factor = typename WeightGradient<A>::Factor;
   const auto frames = static_cast<int64_t>(steps.size());
   std::vector<std::vector<Factor>> inputs(targets.size(), std::vector<Factor>(frames)), gradients = inputs;
+  const auto of_gates = sampled_pixels(p.frame, 3 * p.pitch);
+  std::vector<std::array<int64_t, kSampled>> of_inputs;
+  for (const auto& target : targets) {
+    of_inputs.push_back(sampled_pixels(p.frame, target.in.pixel));
+  }
   deal(frames, [&](int64_t, int64_t i) {
     std::array<Magnitudes<A>, 3> gates;
     for (int64_t gate = 0; gate < 3; ++gate) {
-      gates[gate] = {p.frame, steps[i].da + gate * p.pitch, 3 * p.pitch, p.channels};
+      gates[gate] = {p.frame, steps[i].da + gate * p.pitch, of_gates, 3 * p.pitch, p.channels};
     }
     for (size_t j = 0; j < targets.size(); ++j) {
       const Target<T>& target = targets[j];
       const A* input = steps[i].*target.input;
-      inputs[j][i] = {input, {p.frame, input, target.in.pixel, target.in.count}};
+      inputs[j][i] = {input, {p.frame, input, of_inputs[j], target.in.pixel, target.in.count}};
       gradients[j][i] = {steps[i].da, gates[target.first_gate]};
       for (int64_t gate = 1; gate < target.gates; ++gate) {
         gradients[j][i].magnitudes.join(gates[target.first_gate + gate]);

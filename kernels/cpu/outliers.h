@@ -6,7 +6,7 @@
 // A pixel's sum is that of its magnitudes over the channels. Its rounding errors in a product with the weights add up as independent ones
 // do, so its size is the square root of the sum of squares. Both take the weights of all channels for alike: an outlier in a channel with
 // large weights may hide behind another with far larger values and far smaller weights. What costs little finds that a row of tiles is
-// usual: sixteen sums a frame, the fifth smallest of which is below the median of frames that are not made to have it otherwise,
+// usual: eight sums a frame, the third smallest of which is below the median of frames that are not made to have it otherwise,
 // and the sum of squares of each row of pixels. Only where that fails are sums of all pixels looked at. What a tile is found to be
 // depends on its frame alone, not on the tiles and frames that are computed beside it.
 #pragma once
@@ -109,7 +109,7 @@ struct Reduce {
   }
 };
 
-constexpr size_t kSampled = 16;
+constexpr size_t kSampled = 8;
 
 // Offsets of the first lanes of some pixels, spread over the frame as the points of the sequence R2 are.
 inline std::array<int64_t, kSampled> sampled_pixels(const Frame& frame, int64_t pitch) {
@@ -125,14 +125,21 @@ inline std::array<int64_t, kSampled> sampled_pixels(const Frame& frame, int64_t 
   return offsets;
 }
 
+template <class A>
+struct SampledSums {
+  static CONVRNN_INLINE void run(const A* frame, const int64_t* offsets, int64_t lanes, A* sums) {
+    for (size_t i = 0; i < kSampled; ++i) {
+      Reduce<A, SumOfMagnitudes<A>>::run(frame + offsets[i], lanes, 1, lanes, sums + i);
+      sums[i] = sums[i] >= 0 ? sums[i] : std::numeric_limits<A>::infinity();
+    }
+  }
+};
+
 // The sums of magnitudes of those pixels, the smallest first; infinity for NaN.
 template <class A>
 std::array<A, kSampled> sampled_sums(const A* frame, const std::array<int64_t, kSampled>& offsets, int64_t lanes) {
   std::array<A, kSampled> sums;
-  for (size_t i = 0; i < sums.size(); ++i) {
-    run<Reduce<A, SumOfMagnitudes<A>>>(frame + offsets[i], lanes, int64_t{1}, lanes, &sums[i]);
-    sums[i] = sums[i] >= 0 ? sums[i] : std::numeric_limits<A>::infinity();
-  }
+  run<SampledSums<A>>(frame, offsets.data(), lanes, sums.data());
   std::sort(sums.begin(), sums.end());
   return sums;
 }
@@ -162,6 +169,7 @@ class Outliers {
     usual_ = usual <= kMost<A> ? usual * static_cast<A>(shape_.kernel.pixels()) : A(0);
     first_ = row - shape_.before.height;
     squares_.clear();
+    squares_.reserve(shape_.frame.height);
   }
 
   // Whether the tiles of a row are surely without. Rows must come in order.
@@ -252,14 +260,11 @@ struct Magnitudes {
   A usual = 0;    // the mean over the frame, but for what is unusual
 
   Magnitudes() = default;
-  Magnitudes(const Frame& size, const A* frame, int64_t pitch, int64_t lanes) {
-    for (int64_t row = 0; row < size.size.rows(); ++row) {
-      A of_row;
-      run<Reduce<A, Magnitude<A>>>(frame + size.pixel(row) * pitch, pitch, size.size.width, lanes, &of_row);
-      largest = Magnitude<A>::join(largest, of_row);
-    }
+  Magnitudes(const Frame& size, const A* frame, const std::array<int64_t, kSampled>& sampled, int64_t pitch, int64_t lanes) {
+    const int64_t first = size.pixel(0), last = size.pixel(size.size.rows() - 1) + size.size.width;  // zeros among them
+    run<Reduce<A, Magnitude<A>>>(frame + first * pitch, pitch, last - first, lanes, &largest);
     // A quarter of the way up as elsewhere, but of those that are not zero, for a sum over the frame leaves these out.
-    const std::array<A, kSampled> sums = sampled_sums(frame, sampled_pixels(size, pitch), lanes);
+    const std::array<A, kSampled> sums = sampled_sums(frame, sampled, lanes);
     const auto some = std::upper_bound(sums.begin(), sums.end(), A(0));
     if (some != sums.end()) {
       const auto count = sums.end() - some;

@@ -170,20 +170,28 @@ class Outliers {
     first_ = row - shape_.before.height;
     squares_.clear();
     squares_.reserve(shape_.frame.height);
+    constexpr int64_t kSmall = 256;  // pixels of a frame that may be usual as a whole
+    const Size& size = shape_.frame.size;
+    none_ = false;
+    if (size.pixels() <= kSmall && comparable()) {
+      A squares;  // of the zeros between rows too
+      run<Reduce<A, Square<A>>>(pixel(0, 0), shape_.in.pixel, (size.height - 1) * shape_.frame.width + size.width, shape_.in.lanes(),
+                                &squares);
+      none_ = squares <= limit();
+    }
   }
 
   // Whether the tiles of a row are surely without. Rows must come in order.
   bool none(int64_t row) {
-    constexpr A kSmall = A(1e-15), kLarge = A(1e15);  // whose squares are numbers yet
-    if (!(usual_ >= kSmall && usual_ <= kLarge)) {
-      return false;
+    if (none_ || !comparable()) {
+      return none_;
     }
     const int64_t begin = row - shape_.before.height - first_;
     while (static_cast<int64_t>(squares_.size()) < begin + rows_) {
       squares_.push_back(squares_of(first_ + static_cast<int64_t>(squares_.size())));
     }
-    const A limit = ratio_ * usual_ * ratio_ * usual_;
-    return std::all_of(squares_.begin() + begin, squares_.begin() + begin + rows_, [&](A squares) { return squares <= limit; });
+    const A most = limit();
+    return std::all_of(squares_.begin() + begin, squares_.begin() + begin + rows_, [&](A squares) { return squares <= most; });
   }
 
   // Whether the tile that begins at this pixel holds one.
@@ -223,6 +231,13 @@ class Outliers {
   // output off by 1e-5 of that at the most, in float32: half of what is promised (kernels/README.md). With tiles of 2x2 eight times as large.
   static constexpr A kRatio = 4;
 
+  // Whether the squares of usual pixels are numbers yet, and what those of a row may come to.
+  bool comparable() const {
+    return usual_ >= A(1e-15) && usual_ <= A(1e15);
+  }
+  A limit() const {
+    return ratio_ * usual_ * ratio_ * usual_;
+  }
   const A* pixel(int64_t row, int64_t column) const {
     return frame_ + (shape_.frame.pixel(0, row) + column) * shape_.in.pixel;
   }
@@ -249,6 +264,7 @@ class Outliers {
 
   const A* frame_ = nullptr;
   A usual_ = 0;
+  bool none_ = false;       // in the whole frame
   int64_t first_ = 0;       // row of squares_
   std::vector<A> squares_, sums_, window_;
 };

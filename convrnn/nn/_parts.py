@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 __all__ = [
     "Norm",
-    "described",
     "fill_gate_bias",
+    "flatten_frames",
+    "format_repr",
     "make_feature_norm",
     "make_norm",
     "norm_input",
+    "package_class",
     "reset_parameters",
+    "unflatten_frames",
 ]
 
 Norm = bool | str | Callable[[int], nn.Module] | None
@@ -50,6 +53,18 @@ def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> n
     if norm is not True and norm not in ("layer", "rms"):
         raise ValueError(f"{name} must be None, 'layer', 'rms' or a callable features -> Module, got {norm!r}")
     return (nn.RMSNorm if norm == "rms" else nn.LayerNorm)(features, **factory)
+
+
+def flatten_frames(x: Tensor, time_first: bool) -> Tensor:
+    """Returns the frames of x (B, T, ...) as (N, ...), with ``time_first`` in the order (T, B). Scriptable."""
+    return x.transpose(0, 1).flatten(0, 1) if time_first else x.flatten(0, 1)
+
+
+def unflatten_frames(frames: Tensor, x: Tensor, time_first: bool) -> Tensor:
+    """Returns the frames (N, ...) as (B, T, ...) with B and T of x: the inverse of :func:`flatten_frames`."""
+    if time_first:
+        return torch.unflatten(frames, 0, [x.shape[1], x.shape[0]]).transpose(0, 1)
+    return torch.unflatten(frames, 0, x.shape[:2])  # x.unflatten runs more Python
 
 
 def norm_input(x: Tensor) -> Tensor:
@@ -105,14 +120,15 @@ def fill_gate_bias(gate: Tensor, value: float | str, chrono_max: int | None) -> 
         gate.fill_(value)
 
 
-def described(module: nn.Module) -> str:
-    """Returns the arguments of the module's constructor, from its attributes: those required, and what is no default.
+def package_class(module: nn.Module) -> Any:
+    """Returns the module's class in this package, of which a user may have a subclass, or another package a base."""
+    return next(base for base in type(module).__mro__ if base.__module__.startswith("convrnn."))
 
-    They are those of this package's class: a user's subclass may hand on ``*args``, or another package add a base.
-    """
-    kind = next(base for base in type(module).__mro__ if base.__module__.startswith("convrnn."))
+
+def format_repr(module: nn.Module) -> str:
+    """Returns the arguments of the constructor, from attributes of their names: those required, and what is no default."""
     found = []
-    for name, parameter in inspect.signature(kind).parameters.items():
+    for name, parameter in inspect.signature(package_class(module)).parameters.items():
         value = getattr(module, name, parameter.default)  # a subclass may lack one, as device and dtype are lacking
         if isinstance(value, Tensor):
             value = True  # a bias that is learned

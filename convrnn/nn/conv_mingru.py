@@ -3,13 +3,11 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ._checks import as_bool, as_int, as_sizes, check_sequence
-from ._convolution import Conv, Size, Sizes, as_convolutions
-from ._mingru_layer import check_read, scan
+from ._checks import as_int, as_sizes
+from ._convolution import Size, Sizes
 from ._parts import Norm
-from .mingru import MinGRUBase, MinGRUStack, state_size
+from .mingru import MinCell, MinGRUStack
 
 __all__ = [
     "MinConv1dGRU",
@@ -20,10 +18,8 @@ __all__ = [
     "MinConv3dGRUCell",
 ]
 
-LAYOUTS = {1: "(B, S, input_size, L)", 2: "(B, S, input_size, H, W)", 3: "(B, S, input_size, D, H, W)"}
 
-
-class MinConvGRUCell(MinGRUBase):
+class MinConvGRUCell(MinCell):
     """The cell of any number of spatial dimensions, which its subclasses set."""
 
     spatial_dims: ClassVar[int]
@@ -44,45 +40,8 @@ class MinConvGRUCell(MinGRUBase):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        size_in, size = as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)
-        super().__init__(LAYOUTS[self.spatial_dims], [size_in, size])
-        (convolution,) = as_convolutions(
-            self.spatial_dims,
-            [(size_in, size)],
-            kernel_sizes=kernel_size,
-            strides=stride,
-            paddings=padding,
-            dilations=dilation,
-            groups=groups,
-            separable=separable,
-            padding_mode=padding_mode,
-            plural=False,
-        )
-        self.hidden_size, self.bias = size, as_bool("bias", bias)
-        self.kernel_size, self.stride, self.dilation = convolution.kernel, convolution.stride, convolution.dilation
-        self.padding = padding if isinstance(padding, str) else convolution.each_side
-        self.groups, self.separable, self.padding_mode = convolution.groups, separable, padding_mode
-        self.to_gate_hidden = Conv(convolution, size_in, size, 2, bias=bias, device=device, dtype=dtype)
-
-    def run(
-        self, x: Tensor, h: list[Tensor] | None, codes: Tensor | None, codes_back: Tensor | None, resets: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        if not torch.jit.is_scripting():
-            check_read(x, self.to_gate_hidden)
-        gate_hidden = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        out, h_n = scan(gate_hidden, None if h is None else h[0], 0, codes)
-        return out, [h_n]
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the state that ``h=None`` stands for: [1/2 in (B, 1, hidden, *S')], of x's dtype and device."""
-        frame = check_sequence(x, self.layout, self.input_size)
-        size = self.to_gate_hidden.size(list(x.shape[2:]) if frame else list(x.shape[3:]))
-        return [x.new_full([x.shape[0], 1, self.hidden_size] + size, 0.5)]
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor did."""
-        self.to_gate_hidden.reset_parameters()
+        sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
+        super().__init__(sizes, dict(locals()))
 
 
 class MinConvGRU(MinGRUStack):
@@ -117,44 +76,7 @@ class MinConvGRU(MinGRUStack):
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)]
-        directions = 2 if as_bool("bidirectional", bidirectional) else 1
-        inputs = [sizes[0], *(directions * size for size in sizes[1:-1])]
-        states = [state_size(size, expand) for size in sizes[1:]]
-        convolutions = as_convolutions(
-            self.spatial_dims,
-            list(zip(inputs, states, strict=True)),
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            paddings=paddings,
-            dilations=dilations,
-            groups=groups,
-            separable=separable,
-            padding_mode=padding_mode,
-        )
-        super().__init__(
-            LAYOUTS[self.spatial_dims],
-            sizes,
-            convolutions,
-            bias=bias,
-            norm=norm,
-            dropout=dropout,
-            residual=residual,
-            expand=expand,
-            out_proj=out_proj,
-            gate_bias=gate_bias,
-            chrono_max=chrono_max,
-            learn_h0=learn_h0,
-            bidirectional=bidirectional,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-        )
-        self.kernel_sizes = [conv.kernel for conv in convolutions]
-        self.strides = [conv.stride for conv in convolutions]
-        self.paddings = paddings if isinstance(paddings, str) else [conv.each_side for conv in convolutions]
-        self.dilations = [conv.dilation for conv in convolutions]
-        self.groups = [conv.groups for conv in convolutions]
-        self.separable, self.padding_mode = separable, padding_mode
+        super().__init__(sizes, dict(locals()))
 
 
 class MinConv2dGRUCell(MinConvGRUCell):

@@ -1,0 +1,112 @@
+"""Layers one after another, whose cells, norms and residuals stand in lists of the stack's own."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convrnn.ops._check import autocast_is_on, check_same_dtype
+
+from ._cell import Cell
+from ._checks import check_clip
+from ._convolution import make_res_align, read_convolutions
+from ._layer import StackLayer
+from ._masks import Masks, reverse_masks
+from ._options import GRUOptions, StackOptions, options_of, set_options
+from ._parts import make_norm, reset_parameters
+from ._recurrent import RecurrentLists, State
+
+__all__ = ["ConvStack"]
+
+
+class ConvStack(RecurrentLists):
+    """A stack of convolutional cells, over one to three spatial dimensions.
+
+    Its states are those of the layers, of both directions where bidirectional. The constructor of a subclass says which
+    cells it is made of.
+    """
+
+    spatial_dims: ClassVar[int] = 2
+    dropout: float
+    residual: bool
+
+    def __init__(
+        self,
+        sizes: list[int],
+        arguments: dict[str, Any],
+        make_cell: Callable[..., Cell],
+        options: GRUOptions,
+        ending: str = "s",
+    ) -> None:
+        """Reads the options around the cells, and the convolutions, from the ``locals()`` of a constructor.
+
+        Args:
+            sizes: channels of the input and of each layer's state.
+            arguments: of the constructor.
+            make_cell: (channels, state's channels, input's convolution, state's convolution, options) -> a cell.
+            options: of the cells.
+            ending: of the arguments' names, "" for those of a single layer.
+        """
+        super().__init__()
+        around = options_of(StackOptions, arguments)
+        set_options(self, around, options)
+        self.input_size, self.hidden_sizes, self.num_layers = sizes[0], sizes[1:], len(sizes) - 1
+        self.set_interface(
+            f"x must be one frame (B, {sizes[0]}, *S)",
+            self.spatial_dims + 2,
+            around.directions * self.num_layers,
+            around.batch_first,
+            around.bidirectional,
+        )
+        channels = list(zip([sizes[0], *(around.directions * size for size in sizes[1:-1])], sizes[1:], strict=True))
+        inputs = read_convolutions(self, channels, arguments, ending)
+        recurrents = read_convolutions(self, [(size, size) for size in sizes[1:]], arguments, ending, "recurrent_")
+        factory = {"device": arguments["device"], "dtype": arguments["dtype"]}
+        self.layers, self.backward_layers = nn.ModuleList(), nn.ModuleList()
+        self.norms, self.res_aligns = nn.ModuleList(), nn.ModuleList()
+        for (size_in, size), conv, recurrent in zip(channels, inputs, recurrents, strict=True):
+            for cells in (self.layers, self.backward_layers)[: around.directions]:
+                backwards = cells is self.backward_layers
+                cells.append(make_cell(size_in, size, conv, recurrent, options, backwards=backwards, **factory))
+            self.norms.append(make_norm("norm", around.norm, size_in, **factory) or nn.Identity())
+            if around.residual:
+                self.res_aligns.append(make_res_align(conv, size_in, around.directions * size, **factory))
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, as the constructor did."""
+        reset_parameters(self.children())
+
+    def stacked(self) -> list[StackLayer]:
+        """Returns the layers, each with its parts."""
+        none = [None] * self.num_layers
+        reverses = self.backward_layers if self.bidirectional else none
+        res_aligns = self.res_aligns if self.residual else none
+        return [StackLayer(*parts) for parts in zip(self.layers, reverses, self.norms, res_aligns, strict=True)]
+
+    def is_frame(self, x: Tensor) -> bool:
+        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
+        if not autocast_is_on(x.device.type):
+            first: Any = self.layers[0]
+            check_same_dtype("x", x, "the parameters", first.W)
+        return frame
+
+    def run(self, x: Tensor, h: list[State] | None, masks: Masks) -> tuple[Tensor, list[State]]:
+        back = reverse_masks(masks) if self.bidirectional else masks
+        states: list[State] = []
+        for i, layer in enumerate(self.stacked()):
+            if i > 0 and self.training:
+                x = F.dropout(x, self.dropout)
+            x, last = layer.run_layer(x, h, len(states), masks, back)
+            states += last
+        return x, states
+
+    def init_hidden_state(self, x: Tensor) -> list[State]:
+        """Returns the states that ``h=None`` stands for, of the dtype and device of x, a clip or a frame."""
+        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
+        batch, size = x.shape[0 if frame or self.batch_first else 1], list(x.shape[-self.spatial_dims :])
+        states: list[State] = []
+        for layer in self.stacked():
+            last, size = layer.initial_states(x, batch, size)
+            states += last
+        return states

@@ -19,13 +19,10 @@ from convrnn.ops._check import check_floating, check_same_device
 
 from ..kernels.layout import state_dtype
 from ._checks import check_shape
-from ._masks import Masks
-from ._parts import flatten_frames, unflatten_frames
+from ._masks import NO_MASKS, Masks
 from ._recurrent import State
 
-__all__ = ["NO_MASKS", "Cell", "check_state", "copy_state", "time_loop"]
-
-NO_MASKS = Masks()
+__all__ = ["Cell", "check_state", "copy_state", "time_loop"]
 
 
 class Cell(nn.Module):
@@ -47,12 +44,18 @@ class Cell(nn.Module):
 
         ``frames`` (N, C, *S) are read in the place of x's where given, normalised.
         """
-        return self.run_direction(flatten_frames(x, self.time_first) if frames is None else frames, x, h, i, masks)
+        if frames is None:
+            frames = (x.transpose(0, 1) if self.time_first else x).flatten(0, 1)
+        return self.run_direction(frames, x, h, i, masks)
 
     def run_direction(
         self, frames: Tensor, x: Tensor, h: list[State] | None, i: int, masks: Masks
     ) -> tuple[Tensor, State]:
-        projection = unflatten_frames(self.project(frames, masks), x, self.time_first)
+        projection = self.project(frames, masks)
+        if self.time_first:
+            projection = torch.unflatten(projection, 0, [x.shape[1], x.shape[0]]).transpose(0, 1)
+        else:
+            projection = torch.unflatten(projection, 0, x.shape[:2])  # x.unflatten runs more Python
         if self.backwards:
             projection = projection.flip(1)
         out, h_n = self.scan(projection, h, i, masks)
@@ -136,4 +139,6 @@ def time_loop(
 
 
 def _select(flags: Tensor, chosen: State, other: State) -> State:
-    return map_state(lambda a, b: torch.where(flags, a, b), chosen, other)
+    if isinstance(chosen, Tensor):
+        return torch.where(flags, chosen, other)
+    return tuple(_select(flags, a, b) for a, b in zip(chosen, other, strict=True))

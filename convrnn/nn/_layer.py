@@ -34,11 +34,11 @@ class Layer:
             self, frames: Tensor, x: Tensor, h: list[State] | None, i: int, masks: Masks
         ) -> tuple[Tensor, State]: ...
 
-    def run_layer(
+    def forward(
         self, x: Tensor, h: list[State] | None, i: int, masks: Masks, back: Masks
     ) -> tuple[Tensor, list[State]]:
         """Runs over x (B, T, C, *S) from the i-th state on; ``back`` are the masks of the direction from the end."""
-        frames = flatten_frames(x, self.time_first)
+        frames = (x.transpose(0, 1) if self.time_first else x).flatten(0, 1)
         read = self.norm(norm_input(frames) if self.normalises else frames)
         out, h_n = self.run_direction(read, x, h, i, masks)
         states = [h_n]

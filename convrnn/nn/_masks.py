@@ -17,9 +17,7 @@ class Masks(NamedTuple):
     flags: Tensor | None = None  # uint8, both as the ops take them
 
 
-def make_masks(valid: Tensor | None, reset: Tensor | None) -> Masks:
-    """Returns the masks with their step flags."""
-    return Masks(valid, reset, encode(reset, None if valid is None else ~valid))
+NO_MASKS = Masks()
 
 
 def read_masks(x: Tensor, frame: bool, batch_first: bool, lengths: Tensor | None, reset: Tensor | None) -> Masks:
@@ -40,13 +38,18 @@ def read_masks(x: Tensor, frame: bool, batch_first: bool, lengths: Tensor | None
         valid = valid_frames(lengths, x)
         if reset is not None:
             reset = reset & valid
-    return make_masks(valid, reset)
+    return Masks(valid, reset, encode(reset, None if valid is None else ~valid))
 
 
 def reverse_masks(masks: Masks) -> Masks:
     """Returns the masks as the direction from the end meets them: the padding first, resets after the cut."""
-    valid, reset = masks.valid, masks.reset
-    return make_masks(None if valid is None else valid.flip(1), None if reset is None else resets_before(reset).flip(1))
+    valid = masks.valid
+    reset = masks.reset
+    if valid is not None:
+        valid = valid.flip(1)
+    if reset is not None:
+        reset = resets_before(reset).flip(1)
+    return Masks(valid, reset, encode(reset, None if valid is None else ~valid))
 
 
 def valid_frames(lengths: Tensor, x: Tensor) -> Tensor:
@@ -56,12 +59,7 @@ def valid_frames(lengths: Tensor, x: Tensor) -> Tensor:
 
 def mask_padding(x: Tensor, valid: Tensor | None) -> Tensor:
     """Returns x (B, T, ...) with zeros where not ``valid``, so that not even a NaN there is read."""
-    return x if valid is None else x.masked_fill(~per_frame(valid, x), 0.0)
-
-
-def per_frame(mask: Tensor, x: Tensor) -> Tensor:
-    """Returns ``mask`` (B, T) with the dimensions of x (B, T, ...)."""
-    return mask.view(list(mask.shape) + [1] * (x.dim() - 2))
+    return x if valid is None else x.masked_fill(~valid.view(list(valid.shape) + [1] * (x.dim() - 2)), 0.0)
 
 
 def reverse(x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -70,7 +68,8 @@ def reverse(x: Tensor, lengths: Tensor | None = None) -> Tensor:
         return x.flip(1)
     t = torch.arange(x.shape[1], device=x.device)
     n = lengths.to(x.device, torch.int64).clamp(0, x.shape[1]).unsqueeze(1)
-    return x.gather(1, per_frame(torch.where(t < n, n - 1 - t, t), x).expand_as(x))
+    source = torch.where(t < n, n - 1 - t, t)
+    return x.gather(1, source.view(list(source.shape) + [1] * (x.dim() - 2)).expand_as(x))
 
 
 def resets_before(reset: Tensor) -> Tensor:

@@ -139,6 +139,9 @@ class MinGRUDirection(Cell):
 class MinGRULayer(Layer, MinGRUDirection):
     """A direction over norm(x), a second one beside it where bidirectional, plus res_align(x) if there is one."""
 
+    if TYPE_CHECKING:
+        forward: Any  # Layer's, whose arguments are others than a cell's
+
     def __init__(
         self, *parts: Any, norm: nn.Module, res_align: nn.Module | None, bidirectional: bool, **options: Any
     ) -> None:
@@ -146,14 +149,3 @@ class MinGRULayer(Layer, MinGRUDirection):
         self.reverse = MinGRUDirection(*parts, backwards=True, **options) if bidirectional else None
         self.res_align = res_align
         self.normalises = not isinstance(norm, nn.Identity)
-
-    if TYPE_CHECKING:
-        forward: Any  # a cell's takes other arguments
-    else:
-
-        def forward(
-            self, x: Tensor, h: list[State] | None, i: int, masks: Masks, back: Masks
-        ) -> tuple[Tensor, list[State]]:
-            if i == 0 and not torch.jit.is_scripting():
-                check_read(x, self.gate_hidden)
-            return self.run_layer(x, h, i, masks, back)

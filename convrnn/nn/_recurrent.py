@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ._checks import check_states
 from ._inputs import check_step, run_other
-from ._masks import Masks, mask_padding, read_masks
+from ._masks import NO_MASKS, Masks, mask_padding, read_masks
 from ._parts import format_repr
 
 __all__ = ["Interface", "Recurrent", "RecurrentLists", "State"]
@@ -75,7 +75,12 @@ class Recurrent(nn.Module):
         raise NotImplementedError
 
     def run_clip(
-        self, x: Tensor, h: list[State] | None, lengths: Tensor | None, reset: Tensor | None
+        self,
+        x: Tensor,
+        h: list[State] | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        masks: Masks = NO_MASKS,  # a default, for TorchScript reads no global
     ) -> tuple[Tensor, list[State]]:
         """Runs over a clip in the caller's order, or over one frame."""
         frame = self.is_frame(x)
@@ -83,8 +88,10 @@ class Recurrent(nn.Module):
             x = x.unsqueeze(1)
         elif not self.batch_first:
             x = x.transpose(0, 1)
-        check_states(h, self.num_states)
-        masks = read_masks(x, frame, self.batch_first, lengths, reset)
+        if h is not None:
+            check_states(h, self.num_states)
+        if lengths is not None or reset is not None:
+            masks = read_masks(x, frame, self.batch_first, lengths, reset)
         valid = masks.valid
         out, states = self.run(x if valid is None else mask_padding(x, valid), h, masks)
         if valid is not None:

@@ -97,7 +97,7 @@ class ConvStack(RecurrentLists):
         for i, layer in enumerate(self.stacked()):
             if i > 0 and self.training:
                 x = F.dropout(x, self.dropout)
-            x, last = layer.run_layer(x, h, len(states), masks, back)
+            x, last = layer.forward(x, h, len(states), masks, back)
             states += last
         return x, states
 

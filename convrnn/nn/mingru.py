@@ -97,6 +97,8 @@ class MinGRUStack(MinGRUBase):
         back = reverse_masks(masks) if self.bidirectional else masks
         states: list[State] = []
         for i, layer in enumerate(self.layers):
+            if i == 0 and not torch.jit.is_scripting():
+                check_read(x, layer.gate_hidden)
             if i > 0 and self.training:
                 x = F.dropout(x, self.dropout)
             x, last = layer(x, h, len(states), masks, back)

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._cell import NO_MASKS
 from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, check_states
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
 from ._inputs import run_other
-from ._masks import Masks, mask_padding, read_masks
+from ._masks import NO_MASKS, Masks, mask_padding, read_masks
 from ._options import GRUOptions
 from ._parts import unflatten_frames
 from ._recurrent import Recurrent, State

@@ -22,8 +22,6 @@ from ._checks import check_shape
 from ._masks import NO_MASKS, Masks
 from ._recurrent import State
 
-__all__ = ["Cell", "check_state", "copy_state", "time_loop"]
-
 
 class Cell(nn.Module):
     """A recurrence over (B, T, C, *S), or over (T, B, ...) transposed where ``time_first``; ``backwards`` from the end."""

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ._checks import as_bool, as_choice, as_int, as_tuple, per_layer
 
-__all__ = ["Conv", "Convolution", "Size", "Sizes", "make_projection", "make_res_align", "read_convolutions"]
-
 Size = int | Sequence[int]
 Sizes = int | Sequence[Size]
 

@@ -19,8 +19,6 @@ from ._options import GRUOptions
 from ._parts import fill_gate_bias, make_norm, norm_input, reset_parameters
 from ._recurrent import State
 
-__all__ = ["GRULayer", "GRUParameters"]
-
 
 class GRUParameters(nn.Module):
     """What a layer is made of, and the op over the whole sequence, which is all that GRU_RCN needs.

@@ -10,8 +10,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ._parts import package_class
 
-__all__ = ["check_step", "run_other"]
-
 
 def run_other(rnn: Any, x: Any, h: Any, lengths: Any, reset: Any) -> Any:
     """Returns what ``rnn`` does for an x that is a PackedSequence or a torch.fx.Proxy, or a list of them; else None."""
@@ -80,7 +78,7 @@ def _run_packed(
     def rows(state: Any, index: Tensor) -> Any:
         """Those of a state in another order; as it is where it has none, or not those, which the layer then refuses."""
         if isinstance(state, (list, tuple)):
-            return [rows(entry, index) for entry in state]
+            return type(state)(rows(entry, index) for entry in state)
         has_rows = isinstance(state, Tensor) and state.dim() >= first.data.dim() and state.shape[0] == batch
         return state.index_select(0, index) if has_rows else state
 

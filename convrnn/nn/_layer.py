@@ -10,8 +10,6 @@ from ._masks import Masks
 from ._parts import flatten_frames, norm_input, unflatten_frames
 from ._recurrent import State
 
-__all__ = ["Layer", "StackLayer"]
-
 
 class Layer:
     """The pass of one layer over all frames, over parts that a subclass has as attributes. Scriptable.

@@ -16,8 +16,6 @@ from ._options import MinGRUOptions
 from ._parts import fill_gate_bias, flatten_frames, reset_parameters, unflatten_frames
 from ._recurrent import State
 
-__all__ = ["MinGRUDirection", "MinGRULayer", "check_read", "scan"]
-
 
 def scan(gate_hidden: Tensor, h: list[State] | None, i: int, flags: Tensor | None) -> tuple[Tensor, Tensor]:
     """Runs minGRU over (B, T, 2C, *S) from the i-th state (B, 1, C, *S); None is the 'zero' state."""

@@ -8,12 +8,10 @@ from torch import nn
 from ._checks import as_bool, as_gate_bias, as_positive, as_probability
 from ._parts import Norm
 
-__all__ = ["GRUOptions", "MinGRUOptions", "StackOptions", "options_of", "set_options"]
-
 T = TypeVar("T", "StackOptions", "GRUOptions", "MinGRUOptions")
 
 
-def set_options(module: nn.Module, *options: "StackOptions | GRUOptions | MinGRUOptions") -> None:
+def set_options(module: nn.Module, *options: Any) -> None:
     """Makes each option an attribute of the module by its name."""
     for group in options:
         for name, value in vars(group).items():

@@ -24,8 +24,6 @@ from ._inputs import check_step, run_other
 from ._masks import NO_MASKS, Masks, mask_padding, read_masks
 from ._parts import format_repr
 
-__all__ = ["Interface", "Recurrent", "RecurrentLists", "State"]
-
 if TYPE_CHECKING:
     State = Any  # a Tensor or a tuple of them
 else:

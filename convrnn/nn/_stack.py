@@ -13,11 +13,9 @@ from ._checks import check_clip
 from ._convolution import make_res_align, read_convolutions
 from ._layer import StackLayer
 from ._masks import Masks, reverse_masks
-from ._options import GRUOptions, StackOptions, options_of, set_options
+from ._options import StackOptions, options_of, set_options
 from ._parts import make_norm, reset_parameters
 from ._recurrent import RecurrentLists, State
-
-__all__ = ["ConvStack"]
 
 
 class ConvStack(RecurrentLists):
@@ -36,7 +34,7 @@ class ConvStack(RecurrentLists):
         sizes: list[int],
         arguments: dict[str, Any],
         make_cell: Callable[..., Cell],
-        options: GRUOptions,
+        options: Any,
         ending: str = "s",
     ) -> None:
         """Reads the options around the cells, and the convolutions, from the ``locals()`` of a constructor.
@@ -45,7 +43,7 @@ class ConvStack(RecurrentLists):
             sizes: channels of the input and of each layer's state.
             arguments: of the constructor.
             make_cell: (channels, state's channels, input's convolution, state's convolution, options) -> a cell.
-            options: of the cells.
+            options: a dataclass, of the cells.
             ending: of the arguments' names, "" for those of a single layer.
         """
         super().__init__()

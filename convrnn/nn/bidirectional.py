@@ -100,8 +100,7 @@ class Bidirectional(nn.Module):
             h_n: final states, ordered as ``h``; the backward ones belong to the first frame.
 
         Raises:
-            TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
-            ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
+            TypeError, ValueError: as ``rnn`` does.
         """
         if not torch.jit.is_scripting() and not isinstance(x, Tensor):
             result = run_other(self, x, h, lengths, reset)

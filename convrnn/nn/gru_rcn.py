@@ -82,16 +82,11 @@ class GRU_RCN(GRUParameters, Recurrent):
     ) -> tuple[Tensor, Tensor]:
         """Runs h' = (1-z).h + z.c over all frames, or over one.
 
-        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the state
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
-
         Args:
             x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``, or one frame (B, Ox, H, W); float. A
                 PackedSequence of such frames gives a PackedSequence.
             h: initial state (B, Oh, H, W), or (Oh, H, W) for the same one in every row of the batch, or None for zeros.
-            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
-            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes zero
-                before the frame is read.
+            lengths, reset: as :class:`convrnn.ConvGRU` takes them.
 
         Returns:
             out: the state after each frame, (B, L, Oh, H, W), or (L, B, Oh, H, W) without ``batch_first``, or
@@ -99,8 +94,7 @@ class GRU_RCN(GRUParameters, Recurrent):
             h_n: the state after the last frame of each row, (B, Oh, H, W).
 
         Raises:
-            TypeError: an argument is no Tensor, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit, or a PackedSequence has ``lengths`` beside it.
+            TypeError, ValueError: as :class:`convrnn.ConvGRU` does.
         """
         if not torch.jit.is_scripting() and not isinstance(x, Tensor):
             result = run_other(self, x, h, lengths, reset)

@@ -12,18 +12,13 @@ from ._convolution import Convolution, make_projection, make_res_align, read_con
 from ._masks import Masks, reverse_masks
 from ._mingru_layer import MinGRULayer, check_read, scan
 from ._options import MinGRUOptions, StackOptions, options_of, set_options
-from ._parts import Norm, make_feature_norm, make_norm, reset_parameters, unflatten_frames
+from ._parts import Norm, make_norm, reset_parameters, unflatten_frames
 from ._recurrent import RecurrentLists, State
 
 __all__ = ["MinGRU", "MinGRUCell", "MinLSTM"]
 
 
-LAYOUTS = (
-    "(B, S, input_size)",
-    "(B, S, input_size, L)",
-    "(B, S, input_size, H, W)",
-    "(B, S, input_size, D, H, W)",
-)
+SIZES = ("", ", L", ", H, W", ", D, H, W")  # of a frame, by its spatial dimensions
 
 
 class MinGRUBase(RecurrentLists):
@@ -34,12 +29,11 @@ class MinGRUBase(RecurrentLists):
 
     def __init__(self, sizes: list[int], directions: int = 1, batch_first: bool = True) -> None:
         super().__init__()
-        layout = LAYOUTS[self.spatial_dims]
-        frame = f"x must be one frame {layout.replace('S, ', '')}"
-        self.layout = layout if batch_first else layout.replace("B, S", "S, B")
+        size = SIZES[self.spatial_dims]
+        self.layout = f"({'B, S' if batch_first else 'S, B'}, input_size{size})"
         self.input_size, self.layer_sizes, self.num_layers = sizes[0], tuple(sizes), len(sizes) - 1
-        states, both = directions * self.num_layers, directions == 2
-        self.set_interface(frame, self.spatial_dims + 2, states, batch_first, both)
+        frame, states = f"x must be one frame (B, input_size{size})", directions * self.num_layers
+        self.set_interface(frame, self.spatial_dims + 2, states, batch_first, directions == 2)
 
     def read_convolutions(
         self, channels: list[tuple[int, int]], arguments: dict[str, Any], ending: str = "s"
@@ -77,14 +71,13 @@ class MinGRUStack(MinGRUBase):
         factory = {"device": arguments["device"], "dtype": arguments["dtype"]}
         self.layers = nn.ModuleList()
         for size_in, size, convolution in zip(inputs, sizes[1:], convolutions, strict=True):
-            make = make_feature_norm if convolution is None else make_norm
-            out = directions * size
+            out, images = directions * size, convolution is not None
             layer = MinGRULayer(
                 size_in,
                 size,
                 convolution,
                 options,
-                norm=make("norm", around.norm, size_in, **factory) or nn.Identity(),
+                norm=make_norm("norm", around.norm, size_in, images=images, **factory) or nn.Identity(),
                 res_align=make_res_align(convolution, size_in, out, **factory) if around.residual else None,
                 bidirectional=around.bidirectional,
                 time_first=not around.batch_first,

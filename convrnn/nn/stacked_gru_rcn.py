@@ -138,17 +138,12 @@ class StackedGRU_RCN(Recurrent):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs all levels over all frames, or over one.
 
-        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
-
         Args:
             xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``, or those
                 of one frame (B, Ox_i, H_i, W_i); float. PackedSequences of such maps, of the same lengths at every level,
                 give PackedSequences.
             h: the state of each level, a list of (B, Oh_i, H_i, W_i), or None for zeros.
-            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
-            reset: bool of the shape of the maps' first two dimensions (B for one frame), True where the states become
-                zero before the frame is read.
+            lengths, reset: as :class:`convrnn.ConvGRU` takes them, for all levels.
 
         Returns:
             outs: the states of each level after each frame, a list of (B, L, Oh_i, H_i, W_i), (L, B, ...) or
@@ -156,9 +151,8 @@ class StackedGRU_RCN(Recurrent):
             h_n: the states after the last frame of each row, shaped as ``h``.
 
         Raises:
-            TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
-            ValueError: a shape, the number of levels or a mask's device does not fit, PackedSequences have ``lengths``
-                beside them or differ in their own.
+            TypeError, ValueError: as :class:`convrnn.ConvGRU` does, or the number of levels does not fit, or
+                PackedSequences differ in their lengths.
         """
         result = run_other(self, xs, h, lengths, reset)
         if result is not None:

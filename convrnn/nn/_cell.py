@@ -3,7 +3,8 @@
 A subclass of :class:`Cell` gives
 
 - ``project(frames, masks)``: what the recurrence takes from all frames (N, C, *S), in one batched product;
-- ``scan(projection, h, i, masks)``: over that as (B, T, ...), the states after each frame, and the last, from the i-th of the states ``h``;
+- ``scan(projection, h, i, masks)``: the states after each frame, and the last one, over the projection (B, T, ...) from
+  the i-th of the states ``h``;
 - ``state_size(size)`` and ``initial_state(x, batch, size)``: the frame size of the state, and the state that None means.
 
 ``scan`` calls the op that covers the cell's options, with ``masks.flags``, or :func:`time_loop` with a step of its own.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,18 @@ Size = int | Sequence[int]
 Sizes = int | Sequence[Size]
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Plan(NamedTuple):
+    """What PyTorch's convolutions take, ``packed`` of one kind at once; ``outer`` is padded before them. Scriptable."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    packed: int
+    outer: list[int]
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,14 @@ class Convolution:
         dense = self.groups == 1 and not self.separable and set(self.stride) == set(self.dilation) == {1}
         return dense and self.pads == same and (self.mode == "zeros" or set(self.kernel) == {1})
 
-    @property
-    def paddings(self) -> tuple[list[int], list[int]]:
-        """What the convolution pads by itself, and what ``F.pad`` has to before it, empty where it need not."""
-        if all(before == after for before, after in self.pads) and (
-            self.mode == "zeros" or not any(sum(self.pads, ()))
-        ):
-            return [before for before, _ in self.pads], []
-        return [0 for _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
+    def plan(self, packed: int = 1) -> "Plan":
+        """Returns what ``packed`` such convolutions need to run."""
+        pads, outer = [before for before, _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
+        if all(before == after for before, after in self.pads) and (self.mode == "zeros" or not any(outer)):
+            outer = []
+        else:
+            pads = [0 for _ in pads]
+        return Plan([*self.stride], pads, [*self.dilation], self.groups, packed, outer, self.mode)
 
     @property
     def least(self) -> list[int]:
@@ -117,20 +129,7 @@ class Convolution:
         self, x: Tensor, weight: Tensor, depthwise: Tensor | None = None, bias: Tensor | None = None, packed: int = 1
     ) -> Tensor:
         """Convolves (N, channels, *S); ``packed`` convolutions, one after another in ``weight``, all read x."""
-        padding, outer = self.paddings
-        return convolve(
-            x,
-            weight,
-            depthwise,
-            bias,
-            [*self.stride],
-            padding,
-            [*self.dilation],
-            self.groups,
-            packed,
-            outer,
-            self.mode,
-        )
+        return convolve(x, weight, depthwise, bias, self.plan(packed))
 
 
 def read_convolutions(
@@ -214,7 +213,7 @@ class Conv(nn.Module):
     (channels, 1, *kernel) beside a ``weight`` of single pixels. Drawn as those of ``torch.nn.Conv2d``. Scriptable.
     """
 
-    outer: list[int]  # an empty list does not tell TorchScript its type
+    plan: Plan  # whose empty list does not tell TorchScript its type
     if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
         weight: Tensor
         depthwise: Tensor | None
@@ -240,9 +239,8 @@ class Conv(nn.Module):
         self.description = ", ".join(f"{name}={value}" for name, value in convolution.shown().items())
         self.kernel, self.stride = [*convolution.kernel], [*convolution.stride]
         self.dilation = [*convolution.dilation]
-        self.padding, self.outer = convolution.paddings
         self.pads = [pad for pair in convolution.pads for pad in pair]
-        self.groups, self.packed, self.mode = convolution.groups, packed, convolution.mode
+        self.groups, self.mode, self.plan = convolution.groups, convolution.mode, convolution.plan(packed)
         self.least = convolution.least
         self.reset_parameters()
 
@@ -258,19 +256,7 @@ class Conv(nn.Module):
         for i, least in enumerate(self.least):
             if x.shape[i + 2] < least:
                 self.size(list(x.shape[2:]))  # which says what is wrong
-        return convolve(
-            x,
-            self.weight,
-            self.depthwise,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.packed,
-            self.outer,
-            self.mode,
-        )
+        return convolve(x, self.weight, self.depthwise, self.bias, self.plan)
 
     def size(self, size: list[int]) -> list[int]:
         """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
@@ -280,20 +266,9 @@ class Conv(nn.Module):
         return f"{self.weight.shape[0]} channels, {self.description}, bias={self.bias is not None}"
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    depthwise: Tensor | None,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    packed: int,
-    outer: list[int],
-    mode: str,
-) -> Tensor:
-    """``packed`` convolutions of (N, channels, *S), each in ``groups``, behind the padding ``outer``. Scriptable."""
+def convolve(x: Tensor, weight: Tensor, depthwise: Tensor | None, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Convolves (N, channels, *S) as the plan says. Scriptable."""
+    stride, padding, dilation, groups, packed, outer, mode = plan
     if len(outer) > 0:
         x = F.pad(x, outer, "constant" if mode == "zeros" else mode)
     if depthwise is not None:

@@ -133,10 +133,9 @@ class GRULayer(Cell, GRUParameters):
         if (loops and (h is None or masks.reset is not None)) or (h is None and self.h0 is not None):
             initial = self.initial_state(projection, batch, size)
         if state is None and initial is not None:
-            low = (
-                self.fused and not loops and autocast_is_on(projection.device.type)
-            )  # the op's dtype is the projection's
-            state = initial.to(torch.get_autocast_dtype(projection.device.type) if low else projection.dtype)
+            device = projection.device.type
+            low = self.fused and not loops and autocast_is_on(device)  # the op projects in a lower precision
+            state = initial.to(torch.get_autocast_dtype(device) if low else projection.dtype)
         if not loops:
             return self.run_op(projection, state, not self.fused, masks.flags)
         return time_loop(self.make_step(projection, state), projection, state, masks, initial)

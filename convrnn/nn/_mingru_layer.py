@@ -10,11 +10,11 @@ from convrnn.ops._check import autocast_is_on, check_floating, check_same_dtype
 
 from ._cell import Cell, check_state
 from ._convolution import Convolution, make_projection
-from ._layer import Layer
 from ._masks import Masks
 from ._options import MinGRUOptions
 from ._parts import fill_gate_bias, flatten_frames, reset_parameters, unflatten_frames
 from ._recurrent import State
+from ._stack import Layer
 
 
 def scan(gate_hidden: Tensor, h: list[State] | None, i: int, flags: Tensor | None) -> tuple[Tensor, Tensor]:

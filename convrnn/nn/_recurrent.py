@@ -4,7 +4,7 @@ The layers of this package have three parts, each written once:
 
 - :class:`Recurrent` is the module a user calls. It turns its input into (B, T, ...), reads the masks, hides padding, calls
   ``run`` and turns the result back.
-- ``Layer`` (``_layer.py``) is one layer of a stack: a norm, a cell for each direction of time, a residual.
+- ``Layer`` (``_stack.py``) is one layer of a stack: a norm, a cell for each direction of time, a residual.
 - ``Cell`` (``_cell.py``) is one recurrence in one direction: ``project`` the input of all frames at once, then ``scan``
   the projection over time, by one op or, where no op covers the options, by ``time_loop``.
 
@@ -14,7 +14,7 @@ take both. TorchScript compiles the minGRU family, whose states are Tensors.
 A new recurrence is a subclass of ``Cell`` and one of a stack, whose constructor makes the cells.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,8 @@ else:
     State = Tensor  # TorchScript reads annotations, and knows no other
 
 
-class Interface(NamedTuple):
-    """What two layers must have in common to be the directions of one :class:`convrnn.Bidirectional`."""
-
-    single_state: bool
-    num_states: int
-    time_dim: int
-    frame_dims: int
-    takes_levels: bool
+# What two layers must have in common to be the directions of one Bidirectional.
+INTERFACE = ("single_state", "num_states", "batch_first", "frame_dims", "takes_levels")
 
 
 class Recurrent(nn.Module):
@@ -59,10 +53,6 @@ class Recurrent(nn.Module):
         """Says what a frame is, for messages and in dimensions, and how many states the layer has."""
         self.frame_rule, self.frame_dims, self.num_states = frame_rule, frame_dims, num_states
         self.batch_first, self.bidirectional = batch_first, bidirectional
-
-    def interface(self) -> Interface:
-        """How :class:`convrnn.Bidirectional` calls the layer."""
-        return Interface(self.single_state, self.num_states, int(self.batch_first), self.frame_dims, self.takes_levels)
 
     def is_frame(self, x: Tensor) -> bool:
         """Returns whether x is one frame, without T, and raises if it is no clip either."""

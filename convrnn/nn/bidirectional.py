@@ -10,7 +10,7 @@ from ._convolution import Convolution
 from ._inputs import run_other
 from ._masks import resets_before, reverse, valid_frames
 from ._parts import reset_parameters
-from ._recurrent import Interface, Recurrent, State
+from ._recurrent import INTERFACE, Recurrent, State
 
 __all__ = ["Bidirectional"]
 
@@ -66,8 +66,9 @@ class Bidirectional(nn.Module):
         if other != kind:
             raise ValueError(f"backward_rnn must agree with rnn: expected {kind}, got {other}")
         self.rnn, self.backward_rnn = rnn, backward_rnn
-        self.single_state, states, self.time_dim, self.frame_dims, self.takes_levels = kind
-        self.num_states, self.bidirectional, self.scriptable = 2 * states, True, bool(rnn.scriptable)
+        self.single_state, self.takes_levels = bool(rnn.single_state), bool(rnn.takes_levels)
+        self.frame_dims, self.num_states = kind["frame_dims"], 2 * kind["num_states"]
+        self.time_dim, self.bidirectional, self.scriptable = int(kind["batch_first"]), True, bool(rnn.scriptable)
         for name in (*vars(rnn), "spatial_dims"):
             value = getattr(rnn, name, None)
             own = name.startswith("_") or isinstance(value, (Tensor, nn.Module, Convolution))
@@ -187,7 +188,7 @@ class Bidirectional(nn.Module):
         return states
 
 
-def _interface(name: str, rnn: Any) -> Interface:
+def _interface(name: str, rnn: Any) -> dict[str, Any]:
     if not isinstance(rnn, Recurrent) or rnn.bidirectional:
         raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")
-    return rnn.interface()
+    return {attribute: getattr(rnn, attribute) for attribute in INTERFACE}

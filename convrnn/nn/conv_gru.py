@@ -19,11 +19,11 @@ class ConvGRU(ConvStack):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c in each layer.
 
     ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
-    near 0 keeps the state h. Each layer reads the output of the one before, and computes the input's convolutions, of
-    any kind, for all frames at once. A layer whose recurrent convolutions are dense, with zero padding and without
-    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), with ``lengths`` and ``reset`` too, as long as
-    none of ``reset_after``, ``cell_norm``, ``zoneout`` and ``recurrent_dropout`` (in training) is in use, nor ``reset``
-    with ``learn_h0``; every other walks over time. Compiled, such a walk is unrolled.
+    near 0 keeps the state h. Each layer reads the output of the one before. The input's convolutions, of any kind, are
+    computed for all frames at once. Supported options run as one fused op over the sequence (:func:`convrnn.gru_rcn`),
+    with ``lengths`` and ``reset`` too; the others loop over time in Python, which a compiler unrolls. Supported are
+    recurrent convolutions that are dense, zero-padded and not dilated, without ``reset_after``, ``cell_norm`` and
+    ``zoneout``, without ``recurrent_dropout`` in training, and without ``learn_h0`` where there is a ``reset``.
 
     Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
     (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).
@@ -61,7 +61,7 @@ class ConvGRU(ConvStack):
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1].
         chrono_max: the longest dependency expected, in frames, for 'chrono'.
         learn_h0: learn the state before the first frame, one number a channel, which starts at zero. With ``reset`` the
-            layer then walks over time, for the op begins anew from zeros alone.
+            layer then loops over time, for the fused op resets to zeros only.
         bidirectional: a second layer beside each, with weights of its own, reads the sequence from its end; its output
             joins the other's over the channels.
         batch_first: True for sequences (B, T, ...), False for (T, B, ...).

@@ -33,7 +33,7 @@ class GRU_RCN(GRUParameters, Recurrent):
         kernel_size: size of every kernel, an int or (kh, kw).
         batch_first: True for sequences (B, L, ...), False for (L, B, ...).
         bias: learn a bias for each of z, r and c; it starts at zero.
-        recompute: in training keep the states alone and compute z, r and c again in backward: a quarter of the memory
+        recompute: in training save only the hidden states and recompute z, r and c in backward: a quarter of the memory
             of hidden size, for about another forward pass of time (see :func:`convrnn.gru_rcn`).
         device: where the parameters live.
         dtype: their dtype.

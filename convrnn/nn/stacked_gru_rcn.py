@@ -116,8 +116,8 @@ class StackedGRU_RCN(Recurrent):
             for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
         )
         self.bottom_up = _Weights(
-            torch.empty(2 * size, below, *self.convolution.kernel, **factory)
-            for below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
+            torch.empty(2 * size, size_below, *self.convolution.kernel, **factory)
+            for size_below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
         )
         self.reset_parameters()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,13 +18,12 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class Plan(NamedTuple):
-    """What PyTorch's convolutions take, ``packed`` of one kind at once; ``outer`` is padded before them. Scriptable."""
+    """What PyTorch's convolutions take; ``outer`` is padded before them. Scriptable."""
 
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
-    packed: int
     outer: list[int]
     mode: str
 
@@ -44,6 +43,16 @@ class Convolution:
     groups: int = 1
     mode: str = "zeros"
     separable: bool = False
+    plan: Plan = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        pads, outer = [before for before, _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
+        if all(before == after for before, after in self.pads) and (self.mode == "zeros" or not any(outer)):
+            outer = []
+        else:
+            pads = [0 for _ in pads]
+        plan = Plan([*self.stride], pads, [*self.dilation], self.groups, outer, self.mode)
+        object.__setattr__(self, "plan", plan)  # once: a loop over time runs the convolution at each frame
 
     def shown(self) -> dict[str, Any]:
         """Returns the kernel, and whatever else is not the default, under the names of a cell's arguments."""
@@ -87,15 +96,6 @@ class Convolution:
         dense = self.groups == 1 and not self.separable and set(self.stride) == set(self.dilation) == {1}
         return dense and self.pads == same and (self.mode == "zeros" or set(self.kernel) == {1})
 
-    def plan(self, packed: int = 1) -> "Plan":
-        """Returns what ``packed`` such convolutions need to run."""
-        pads, outer = [before for before, _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
-        if all(before == after for before, after in self.pads) and (self.mode == "zeros" or not any(outer)):
-            outer = []
-        else:
-            pads = [0 for _ in pads]
-        return Plan([*self.stride], pads, [*self.dilation], self.groups, packed, outer, self.mode)
-
     @property
     def least(self) -> list[int]:
         """The smallest size of an input."""
@@ -129,7 +129,7 @@ class Convolution:
         self, x: Tensor, weight: Tensor, depthwise: Tensor | None = None, bias: Tensor | None = None, packed: int = 1
     ) -> Tensor:
         """Convolves (N, channels, *S); ``packed`` convolutions, one after another in ``weight``, all read x."""
-        return convolve(x, weight, depthwise, bias, self.plan(packed))
+        return convolve(x, weight, depthwise, bias, self.plan, packed)
 
 
 def read_convolutions(
@@ -240,7 +240,8 @@ class Conv(nn.Module):
         self.kernel, self.stride = [*convolution.kernel], [*convolution.stride]
         self.dilation = [*convolution.dilation]
         self.pads = [pad for pair in convolution.pads for pad in pair]
-        self.groups, self.mode, self.plan = convolution.groups, convolution.mode, convolution.plan(packed)
+        self.groups, self.mode, self.plan = convolution.groups, convolution.mode, convolution.plan
+        self.packed = packed
         self.least = convolution.least
         self.reset_parameters()
 
@@ -256,7 +257,7 @@ class Conv(nn.Module):
         for i, least in enumerate(self.least):
             if x.shape[i + 2] < least:
                 self.size(list(x.shape[2:]))  # which says what is wrong
-        return convolve(x, self.weight, self.depthwise, self.bias, self.plan)
+        return convolve(x, self.weight, self.depthwise, self.bias, self.plan, self.packed)
 
     def size(self, size: list[int]) -> list[int]:
         """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
@@ -266,9 +267,11 @@ class Conv(nn.Module):
         return f"{self.weight.shape[0]} channels, {self.description}, bias={self.bias is not None}"
 
 
-def convolve(x: Tensor, weight: Tensor, depthwise: Tensor | None, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Convolves (N, channels, *S) as the plan says. Scriptable."""
-    stride, padding, dilation, groups, packed, outer, mode = plan
+def convolve(
+    x: Tensor, weight: Tensor, depthwise: Tensor | None, bias: Tensor | None, plan: Plan, packed: int
+) -> Tensor:
+    """``packed`` convolutions of (N, channels, *S), as the plan says. Scriptable."""
+    stride, padding, dilation, groups, outer, mode = plan
     if len(outer) > 0:
         x = F.pad(x, outer, "constant" if mode == "zeros" else mode)
     if depthwise is not None:

@@ -1,6 +1,8 @@
 """The options of the layers, each checked once; a constructor's ``locals()`` gives them."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 
 from torch import nn
@@ -8,7 +10,7 @@ from torch import nn
 from ._checks import as_bool, as_gate_bias, as_positive, as_probability
 from ._parts import Norm
 
-T = TypeVar("T", "StackOptions", "GRUOptions", "MinGRUOptions")
+T = TypeVar("T")
 
 
 def set_options(module: nn.Module, *options: Any) -> None:
@@ -18,9 +20,9 @@ def set_options(module: nn.Module, *options: Any) -> None:
             setattr(module, name, value)
 
 
-def options_of(kind: type[T], arguments: dict[str, Any]) -> T:
-    """Returns the options of that kind among a constructor's arguments; those it has not are at their defaults."""
-    return kind(**{field.name: arguments[field.name] for field in fields(kind) if field.name in arguments})
+def options_of(kind: Callable[..., T], arguments: dict[str, Any]) -> T:
+    """Returns the options of that dataclass among a constructor's arguments; those it has not are at their defaults."""
+    return kind(**{name: arguments[name] for name in signature(kind).parameters if name in arguments})
 
 
 @dataclass

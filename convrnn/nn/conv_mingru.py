@@ -90,13 +90,9 @@ class MinConv2dGRUCell(MinConvGRUCell):
     Args:
         input_size: channels of a frame.
         hidden_size: channels of the state and of the output.
-        kernel_size: an int or (height, width), as are the next three.
-        stride: of the convolution.
-        padding: pixels on each side of a frame, or 'same': every stride-th pixel of an output of the input's size.
-        dilation: of the convolution.
-        groups: of the convolutions of gate and candidate, each by itself; input_size is depthwise.
-        separable: a depthwise convolution, which gate and candidate share, and a 1x1 convolution.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
+        kernel_size: an int or (height, width).
+        stride, padding, dilation, groups, separable, padding_mode: as those of :class:`ConvGRUCell`. Gate and candidate
+            have ``groups`` of their own, and share a depthwise convolution.
         bias: learn the convolution's bias.
         device: where the parameters live.
         dtype: their dtype.
@@ -157,31 +153,15 @@ class MinConv2dGRU(MinConvGRU):
         input_size: channels of a frame.
         hidden_sizes: channels of each layer's output, an int for one layer.
         kernel_sizes: kernels of the convolutions.
-        strides: of the convolutions; the state has the size of their output.
-        paddings: pixels on each side of a layer's input, or 'same': every stride-th pixel of an output of its size.
-        dilations: of the convolutions.
-        groups: of the convolutions of gate and candidate, each by itself; an int or one a layer; input_size is depthwise.
-        separable: a depthwise convolution, which gate and candidate share, and a 1x1 convolution.
-        padding_mode: 'zeros', 'reflect', 'replicate' or 'circular'.
-        dropout: probability of zeroing an element of a layer's output, the last layer's excepted, while training.
+        strides, paddings, dilations, groups, separable, padding_mode: as those of the input's convolutions of
+            :class:`ConvGRU`. Gate and candidate have ``groups`` of their own, and share a depthwise convolution.
+        dropout, bias, out_proj, gate_bias, chrono_max, learn_h0, bidirectional, batch_first, device, dtype: as those of
+            :class:`MinGRU`, a frame in the place of a step.
         residual: add each layer's input to its output, through a convolution without bias, of the layer's own kernel,
             stride and padding, where the channels or the size of the frame change.
-        bias: learn the biases of the convolutions that the scan reads.
-        norm: on each layer's input: None, 'layer' (GroupNorm of one group), 'group' or True (up to 64 groups of at
-            least 4 channels), or a callable from a number of channels to a Module. A layer can be pickled whole where
-            the callable can, which a lambda cannot.
+        norm: on each layer's input, as that of :class:`ConvGRU`.
         expand: channels of the state for each of the output, rounded down and at least 1; a 1x1 convolution without bias
             brings them back.
-        out_proj: have that convolution where the numbers of channels agree, too.
-        gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1]. None
-            draws it as the other biases.
-        chrono_max: the longest dependency expected, in frames, for 'chrono'.
-        learn_h0: learn the state before the first frame, one number a channel, which starts at 1/2.
-        bidirectional: a second direction in each layer, with weights of its own, reads the sequence from its end; its
-            output joins the other's over the channels.
-        batch_first: True for sequences (B, S, ...), False for (S, B, ...).
-        device: where the parameters live.
-        dtype: their dtype.
 
     Raises:
         TypeError: an argument has the wrong type.

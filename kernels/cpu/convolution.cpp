@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "lanes.h"
 #include "outliers.h"
 #include "transpose.h"
 #include "winograd.h"
@@ -61,11 +62,12 @@ int64_t largest_tile(const Size& size, int64_t frames) {
 // To bfloat16 from some lanes of each pixel.
 struct Round {
   static CONVRNN_INLINE void run(const float* from, int64_t pitch, c10::BFloat16* to, int64_t pixels, int64_t lanes) {
+    if (lanes == pitch) {
+      lanes *= pixels;
+      pixels = 1;
+    }
     for (; pixels > 0; --pixels, from += pitch, to += lanes) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < lanes; ++i) {
-        store(to[i], from[i]);
-      }
+      each_lane(lanes, [=](int64_t i) __attribute__((always_inline)) { store(to[i], from[i]); });
     }
   }
 };

@@ -6,15 +6,17 @@
 namespace convrnn {
 
 // The convolutions and gates of a step, over the rows and channels of a part. Planes hold pre-activations as
-// [gate][pixel][pitch], activations are kept as [z, r, c][pixel][channel].
+// [gate][pixel][pitch], activations are kept as [z, r, c][pixel][channel], or [z, r, c][pixel][pitch] where no backward reads
+// them: whole vectors are faster.
 template <class T>
 class Cell {
  public:
   using A = acc_t<T>;
 
   Cell(const Problem& p, const std::optional<Tensor>& W, const Tensor& U, const Tensor& C,
-       const std::optional<Tensor>& bias)
+       const std::optional<Tensor>& bias, bool pads_kept)
       : p_(p),
+        kept_pitch_(pads_kept ? p.pitch : p.channels),
         u_({p.frame, p.u, false, p.state(), p.planes(2)}, weights<T>(U)),
         c_({p.frame, p.c, false, p.state(), p.planes(1)}, weights<T>(C)),
         bias_(bias.has_value() ? 3 * p.channels : 0) {
@@ -38,7 +40,7 @@ class Cell {
     return 3 * p_.pixels() * p_.pitch;
   }
   int64_t kept_size() const {
-    return 3 * p_.pixels() * p_.channels;
+    return 3 * p_.pixels() * kept_pitch_;
   }
 
   bool projects() const {
@@ -80,8 +82,8 @@ class Cell {
   void gates(const A* xp, const A* planes, const A* h, A* rh, T* kept, const Part& part) const {
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
       run<StepGates<T>>(xp + plane, p_.pixels() * p_.pitch, planes + local, plane_size(part), h + frame, rh + frame,
-                        kept + kept_row, kept + kept_row + p_.pixels() * p_.channels, p_.frame.size.width, part.channels(),
-                        p_.pitch, p_.channels);
+                        kept + kept_row, kept + kept_row + kept_size() / 3, p_.frame.size.width, lanes(part), p_.pitch,
+                        kept_pitch_);
     });
   }
 
@@ -89,9 +91,9 @@ class Cell {
   void keep_nothing(T* kept, const Part& part) const {
     rows(part, [&](int64_t, int64_t, int64_t, int64_t kept_row) {
       for (int64_t gate = 0; gate < 3; ++gate) {
-        T* lanes = kept + gate * p_.pixels() * p_.channels + kept_row;
-        for (int64_t x = 0; x < p_.frame.size.width; ++x, lanes += p_.channels) {
-          std::fill_n(lanes, part.channels(), T(0.f));
+        T* pixel = kept + gate * (kept_size() / 3) + kept_row;
+        for (int64_t x = 0; x < p_.frame.size.width; ++x, pixel += kept_pitch_) {
+          std::fill_n(pixel, part.channels(), T(0.f));
         }
       }
     });
@@ -99,18 +101,22 @@ class Cell {
 
   // The kept c from xp and the plane of C, and, if h is given, h' from h.
   void candidate(const A* xp, const A* planes, A* h, T* kept, const Part& part) const {
-    T* kept_c = kept + 2 * p_.pixels() * p_.channels;
+    T* kept_c = kept + 2 * (kept_size() / 3);
     rows(part, [&](int64_t frame, int64_t plane, int64_t local, int64_t kept_row) {
       run<StepCandidate<T>>(xp + 2 * p_.pixels() * p_.pitch + plane, planes + local, kept_c + kept_row,
-                            p_.frame.size.width, part.channels(), p_.pitch, p_.channels);
+                            p_.frame.size.width, lanes(part), p_.pitch, kept_pitch_);
       if (h != nullptr) {
-        run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, part.channels(), p_.pitch,
-                           p_.channels);
+        run<StepUpdate<T>>(kept + kept_row, kept_c + kept_row, h + frame, p_.frame.size.width, lanes(part), p_.pitch,
+                           kept_pitch_);
       }
     });
   }
 
  private:
+  // Lanes of a pixel, with those that pad the last channels where the kept ones have them.
+  int64_t lanes(const Part& part) const {
+    return (part.channel_end == p_.channels ? kept_pitch_ : part.channel_end) - part.channel_begin;
+  }
   int64_t planes_size(int64_t rows) const {
     return 2 * rows * p_.frame.size.width * p_.pitch;
   }
@@ -134,11 +140,12 @@ class Cell {
     const int64_t width = p_.frame.size.width, channel = part.channel_begin;
     for (int64_t row = part.row_begin; row < part.row_end; ++row) {
       f(p_.frame.pixel(row) * p_.pitch + channel, row * width * p_.pitch + channel,
-        (row - part.row_begin) * width * p_.pitch + channel, row * width * p_.channels + channel);
+        (row - part.row_begin) * width * p_.pitch + channel, row * width * kept_pitch_ + channel);
     }
   }
 
   const Problem& p_;
+  const int64_t kept_pitch_;
   std::optional<Convolution<A>> w_;
   Convolution<A> u_, c_;
   Buffer<A> bias_;

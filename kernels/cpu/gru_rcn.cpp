@@ -62,12 +62,12 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
              const Tensor& C, const std::optional<Tensor>& bias, const Codes& codes, const Tensor& out, const Tensor& h_n,
              const Tensor& gates) {
   using A = acc_t<T>;
-  const Cell<T> cell(p, W, U, C, bias);
+  const bool keep = gates.numel() > 0;
+  const Cell<T> cell(p, W, U, C, bias, !keep);
   const Schedule schedule = cell.schedule(codes.any());
   const Sequence<const T> xs = sequence<T>(x, 2);
   const Sequence<T> outs(out, 2, false);
   const Sequence<A> states(h_n, 1, false);
-  const bool keep = gates.numel() > 0;
   T* const kept = keep ? mutable_data<T>(gates) : nullptr;
 
   constexpr int64_t kProjected = 512 << 10;  // bytes: stay in the second-level cache
@@ -96,6 +96,9 @@ void forward(const Problem& p, Tensor x, bool has_h0, const std::optional<Tensor
     clear(p.frame, p.channels, p.pitch, w.rh);
     for (int64_t t = 0; cell.projects() && t < chunk; ++t) {
       clear(p.frame, p.inputs, p.inputs, w.x + t * x_size);
+    }
+    if (!cell.projects() && p.channels < p.pitch) {
+      std::fill_n(w.xp, cell.xp_size(), A(0));
     }
   }
 

@@ -131,7 +131,7 @@ class Backward {
     scratch_size += schedule_.together() * plane_size;
     plane_size_ = plane_size;
     if (recompute_) {
-      cell_.emplace(p, operands.W, operands.U, operands.C, operands.bias);
+      cell_.emplace(p, operands.W, operands.U, operands.C, operands.bias, false);
       scratch_size = std::max(scratch_size, cell_->scratch_size(schedule_));
       xp_ = Buffer<A>(schedule_.workspaces() * cell_->xp_size());
     }

@@ -3,7 +3,7 @@
 // what is kept for backward.
 #pragma once
 
-#include "math.h"
+#include "lanes.h"
 
 namespace convrnn {
 
@@ -23,13 +23,12 @@ struct StepGates {
                                  int64_t pixels, int64_t n, int64_t pitch, int64_t saved) {
     merge(pixels, n, pitch, saved);
     for (; pixels > 0; --pixels, xp += pitch, hp += pitch, h += pitch, rh += pitch, z += saved, r += saved) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         const A ri = sigmoid(xp[x_gate + i] + hp[h_gate + i]);
         store(z[i], sigmoid(xp[i] + hp[i]));
         store(r[i], ri);
         rh[i] = ri * h[i];
-      }
+      });
     }
   }
 };
@@ -42,10 +41,9 @@ struct StepCandidate {
                                  int64_t saved) {
     merge(pixels, n, pitch, saved);
     for (; pixels > 0; --pixels, xc += pitch, hc += pitch, c += saved) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         store(c[i], tanh_(xc[i] + hc[i]));
-      }
+      });
     }
   }
 };
@@ -57,10 +55,9 @@ struct StepUpdate {
   static CONVRNN_INLINE void run(const T* z, const T* c, A* h, int64_t pixels, int64_t n, int64_t pitch, int64_t saved) {
     merge(pixels, n, pitch, saved);
     for (; pixels > 0; --pixels, z += saved, c += saved, h += pitch) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         h[i] += load(z[i]) * (load(c[i]) - h[i]);
-      }
+      });
     }
   }
 };
@@ -72,10 +69,9 @@ struct StepReset {
   static CONVRNN_INLINE void run(const T* r, const A* h, A* rh, int64_t pixels, int64_t n, int64_t pitch, int64_t saved) {
     merge(pixels, n, pitch, saved);
     for (; pixels > 0; --pixels, r += saved, h += pitch, rh += pitch) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         rh[i] = load(r[i]) * h[i];
-      }
+      });
     }
   }
 };
@@ -87,13 +83,12 @@ struct StepUpdateBackward {
   static CONVRNN_INLINE void run(const T* z, const T* c, const A* h, A* dh, A* daz, A* dac, int64_t pixels, int64_t n,
                                  int64_t pitch, int64_t saved, int64_t da_pitch) {
     for (; pixels > 0; --pixels, z += saved, c += saved, h += pitch, dh += pitch, daz += da_pitch, dac += da_pitch) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         const A up = dh[i], zi = load(z[i]), ci = load(c[i]);
         daz[i] = up * (ci - h[i]) * zi * (A(1) - zi);
         dac[i] = up * zi * (A(1) - ci * ci);
         dh[i] = up * (A(1) - zi);
-      }
+      });
     }
   }
 };
@@ -105,12 +100,11 @@ struct StepGatesBackward {
   static CONVRNN_INLINE void run(const A* drh, const T* r, const A* h, A* dh, A* dar, int64_t pixels, int64_t n,
                                  int64_t pitch, int64_t saved, int64_t da_pitch) {
     for (; pixels > 0; --pixels, drh += pitch, r += saved, h += pitch, dh += pitch, dar += da_pitch) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         const A up = drh[i], ri = load(r[i]);
         dar[i] = up * h[i] * ri * (A(1) - ri);
         dh[i] += up * ri;
-      }
+      });
     }
   }
 };
@@ -121,10 +115,9 @@ struct Add {
   static CONVRNN_INLINE void run(const A* x, int64_t x_pitch, A* sum, int64_t pixels, int64_t n, int64_t pitch) {
     merge(pixels, n, pitch, x_pitch);
     for (; pixels > 0; --pixels, x += x_pitch, sum += pitch) {
-      CONVRNN_LANES
-      for (int64_t i = 0; i < n; ++i) {
+      each_lane(n, [=](int64_t i) __attribute__((always_inline)) {
         sum[i] += x[i];
-      }
+      });
     }
   }
 };

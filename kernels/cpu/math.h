@@ -83,8 +83,9 @@ CONVRNN_INLINE void store(c10::Half& to, float x) {
 }
 
 // A constant that the compiler may not look into: from a clamp to one that it knows it derives a second path with all
-// that follows computed in advance, and selects between the two in the end, for five instructions instead of one.
-__attribute__((weak)) extern const float kLeastExponent = -87.3f;
+// that follows computed in advance, and selects between the two in the end, for five instructions instead of one. Not weak:
+// the address of a weak one may be null, so that reading it where a lane's turn is conditional could not be done in advance.
+extern const float kLeastExponent;  // -87.3
 
 // e^x for x in [-87.3, 88.3], and NaN for NaN: within 4 units in the last place with fused multiply-adds, else |x| / 2.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial fitted to its relative error (1e-7), in short chains.

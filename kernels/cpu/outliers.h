@@ -99,9 +99,12 @@ struct Reduce {
           }
         }
       }
-      for (int64_t i = whole; i < lanes; ++i) {
-        for (int64_t j = 0; j < n; ++j) {
-          rest = Of::join(rest, Of::of(from[j * pitch + i]));
+      for (int64_t j = 0; j < n && whole < lanes; ++j) {
+        const A* at = from + j * pitch + whole;
+        const auto left = static_cast<int32_t>(lanes - whole);
+        CONVRNN_LANES
+        for (int32_t i = 0; i < kColumns; ++i) {
+          part[i] = Of::join(part[i], i < left ? Of::of(at[i]) : A(0));
         }
       }
     }

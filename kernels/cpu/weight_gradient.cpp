@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "lanes.h"
 #include "transpose.h"
 #include "winograd.h"
 
@@ -74,13 +75,12 @@ struct RoundPairs {
         std::fill_n(to, lanes, 0u);
         continue;
       }
-      CONVRNN_LANES
-      for (int64_t i = 0; i < lanes; ++i) {
+      each_lane(lanes, [=](int64_t i) __attribute__((always_inline)) {
         c10::BFloat16 low, high;
         store(low, from[i]);
         store(high, second[i]);
         to[i] = (static_cast<uint32_t>(high.x) << 16 | low.x) & mask;
-      }
+      });
     }
   }
 };

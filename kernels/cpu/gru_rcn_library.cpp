@@ -403,13 +403,13 @@ namespace {
 
 // What a pass takes, in microseconds of two threads. The numbers are fitted to a sweep of shapes: kernels/README.md.
 struct OwnCost {
-  double call, product, pair, narrow, lane, input, weight;
+  double call, product, pair, narrow, lane, lane16, input, weight;  // lane16: of bfloat16 tensors
 };
 struct LibraryCost {
   double convolution, product, pair, narrow, lane, input, outputs, inputs;
 };
-constexpr OwnCost kOwn[] = {{126, 0.0102, 0.32, 3.3, 0.0031, 0.0010, 0.00083}, {502, 0.0324, 0.25, 1.2, 0.0117, 0.0023, 0.0025}};
-constexpr LibraryCost kLibrary[] = {{103, 0.0085, 0.0035, 3.2, 0.0075, 0.0010, 15, 2}, {255, 0.0182, 0.0105, 2.5, 0.015, 0.0032, 13, 16}};
+constexpr OwnCost kOwn[] = {{111, 0.0090, 0.49, 4.6, 0.0020, 0.0026, 0.00063, 0.00050}, {279, 0.0179, 0.54, 3.0, 0.0101, 0.0249, 0.0022, 0.0020}};
+constexpr LibraryCost kLibrary[] = {{103, 0.0159, 0.0041, 1.45, 0.0059, 0.00041, 9, 1.1}, {268, 0.0281, 0.0158, 1.39, 0.0227, 0.00092, 9, 3.6}};
 
 double of(int64_t n) {
   return static_cast<double>(n);
@@ -450,10 +450,9 @@ bool is_cheaper(const Problem& p, bool projects, bool bfloat16, bool backward) {
   add(p.u, p.state(), 2);
   add(p.c, p.state(), 1);
   const double width = of(p.frame.size.width);
-  constexpr double kBfloat16 = 1.35;  // beyond its products: lanes are rounded and widened one by one
-  const double own_time = (own.call + frames * own_sum * own.product * 1e-3 * (1 + own.narrow / width) +
-                           frames * lanes * own.lane + frames * inputs * own.input + weights * own.weight) *
-                          (bfloat16 ? kBfloat16 : 1);
+  const double own_time = own.call + frames * own_sum * own.product * 1e-3 * (1 + own.narrow / width) +
+                          frames * lanes * (bfloat16 ? own.lane16 : own.lane) + frames * inputs * own.input +
+                          weights * own.weight;
   const double library_time = library.convolution * (2 * of(p.steps) + 1) +
                               frames * library_sum * (bfloat16 ? library.pair : library.product) * 1e-3 * (1 + library.narrow / width) +
                               frames * state * library.lane + frames * inputs * library.input;
@@ -481,7 +480,7 @@ bool takes_library(const Problem& p, const Tensor& x, bool projects, const Codes
   }
   // The library projects all frames at once: not where that would take much memory.
   constexpr int64_t kMost = 64 << 20;
-  const bool small = p.batch * p.steps * 3 * p.channels * p.pixels() <= kMost / static_cast<int64_t>(sizeof(float));
+  const bool small = p.batch * p.steps * 3 * p.channels * p.pixels() <= kMost / static_cast<int64_t>(bfloat16 ? sizeof(c10::BFloat16) : sizeof(float));
   return fits && choice != "own" && (choice == "library" || (small && is_cheaper(p, projects, bfloat16, backward)));
 }
 

@@ -149,7 +149,7 @@ def test_norm_groups():
 def test_residual_decided_as_by_running_a_frame():
     for k, stride, padding in itertools.product(range(1, 8), range(1, 4), range(4)):
         same = F.conv2d(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, k, k), None, stride, padding).shape[2] == 16
-        assert Convolution((k, k), (stride, stride), ((padding, padding),) * 2).keeps_size == same
+        assert Convolution((k, k), (stride, stride), ((padding, padding),) * 2).preserves_size == same
 
 
 @pytest.mark.parametrize("kind", [MinConv1dGRUCell, MinConv2dGRUCell, MinConv3dGRUCell])

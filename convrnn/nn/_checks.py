@@ -49,17 +49,7 @@ def as_sizes(name: str, value: Any) -> list[int]:
     return [as_int(f"{name}[{i}]", size, 1) for i, size in enumerate(value)]
 
 
-def as_tuples(name: str, value: Any, minimum: int, num_layers: int, dims: int) -> list[tuple[int, ...]]:
-    """Returns an int for all layers, or a list with an int or a tuple per layer, as one tuple per layer."""
-    return [as_tuple(*entry, minimum, dims) for entry in _per_layer(name, value, num_layers, dims)]
-
-
-def as_ints(name: str, value: Any, num_layers: int) -> list[int]:
-    """Returns a positive int for all layers, or a list of one per layer, as the list."""
-    return [as_int(*entry, 1) for entry in _per_layer(name, value, num_layers)]
-
-
-def _per_layer(name: str, value: Any, num_layers: int, dims: int | None = None) -> list[tuple[str, Any]]:
+def per_layer(name: str, value: Any, num_layers: int, dims: int | None = None) -> list[tuple[str, Any]]:
     """Returns the name and the value of each layer's entry, which may be a tuple of an int for each of ``dims``."""
     if not isinstance(value, (tuple, list)):
         return [(name, value)] * num_layers

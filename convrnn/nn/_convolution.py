@@ -1,22 +1,31 @@
 """The convolutions of the layers: one to three dimensions, any padding, in groups or separable, several in one."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import as_bool, as_choice, as_int, as_ints, as_tuple, as_tuples
-
-__all__ = ["Conv", "Convolution", "Size", "Sizes", "as_convolutions"]
+from ._checks import as_bool, as_choice, as_int, as_tuple, per_layer
 
 Size = int | Sequence[int]
 Sizes = int | Sequence[Size]
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Plan(NamedTuple):
+    """What PyTorch's convolutions take; ``outer`` is padded before them. Scriptable."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    outer: list[int]
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,18 @@ class Convolution:
     groups: int = 1
     mode: str = "zeros"
     separable: bool = False
+    plan: Plan = field(init=False, repr=False, compare=False)
 
-    def described(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        pads, outer = [before for before, _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
+        if all(before == after for before, after in self.pads) and (self.mode == "zeros" or not any(outer)):
+            outer = []
+        else:
+            pads = [0 for _ in pads]
+        plan = Plan([*self.stride], pads, [*self.dilation], self.groups, outer, self.mode)
+        object.__setattr__(self, "plan", plan)  # once: a loop over time runs the convolution at each frame
+
+    def shown(self) -> dict[str, Any]:
         """Returns the kernel, and whatever else is not the default, under the names of a cell's arguments."""
         ones = (1,) * len(self.kernel)
         found = {
@@ -63,7 +82,7 @@ class Convolution:
         return tuple((span // 2, span - span // 2) for span in spans)
 
     @property
-    def keeps_size(self) -> bool:
+    def preserves_size(self) -> bool:
         """True if every input keeps its size."""
         return set(self.stride) == {1} and all(
             before + after == dilation * (kernel - 1)
@@ -76,15 +95,6 @@ class Convolution:
         same = Convolution(self.kernel, dilation=(1,) * len(self.kernel)).pads
         dense = self.groups == 1 and not self.separable and set(self.stride) == set(self.dilation) == {1}
         return dense and self.pads == same and (self.mode == "zeros" or set(self.kernel) == {1})
-
-    @property
-    def paddings(self) -> tuple[list[int], list[int]]:
-        """What the convolution pads by itself, and what ``F.pad`` has to before it, empty where it need not."""
-        if all(before == after for before, after in self.pads) and (
-            self.mode == "zeros" or not any(sum(self.pads, ()))
-        ):
-            return [before for before, _ in self.pads], []
-        return [0 for _ in self.pads], [pad for pair in reversed(self.pads) for pad in pair]
 
     @property
     def least(self) -> list[int]:
@@ -119,65 +129,81 @@ class Convolution:
         self, x: Tensor, weight: Tensor, depthwise: Tensor | None = None, bias: Tensor | None = None, packed: int = 1
     ) -> Tensor:
         """Convolves (N, channels, *S); ``packed`` convolutions, one after another in ``weight``, all read x."""
-        padding, outer = self.paddings
-        return convolve(
-            x,
-            weight,
-            depthwise,
-            bias,
-            [*self.stride],
-            padding,
-            [*self.dilation],
-            self.groups,
-            packed,
-            outer,
-            self.mode,
-        )
+        return convolve(x, weight, depthwise, bias, self.plan, packed)
 
 
-def as_convolutions(
-    dims: int,
-    channels: list[tuple[int, int]],
-    *,
-    kernel_sizes: Any,
-    strides: Any,
-    paddings: Any,
-    dilations: Any,
-    groups: Any,
-    separable: Any,
-    padding_mode: Any,
-    prefix: str = "",
-    plural: bool = True,
+def read_convolutions(
+    module: Any, channels: list[tuple[int, int]], arguments: Mapping[str, Any], ending: str = "s", prefix: str = ""
 ) -> list[Convolution]:
-    """Returns the convolution of each layer, whose (input, output) channels are given, from arguments of users.
+    """Returns the convolution of each layer, from the ``locals()`` of the module's constructor, and sets its attributes.
 
-    Their names in errors have the ``prefix``; without ``plural`` they are those of a cell, of one layer.
+    Args:
+        module: a layer over ``module.spatial_dims`` dimensions; the arguments become attributes of their names.
+        channels: the (input, output) channels of each layer.
+        arguments: ``kernel_sizes``, ``strides``, ``paddings``, ``dilations``, ``groups``, ``separable``, ``padding_mode``.
+        ending: of the names: 's' where an argument may hold an entry for each layer, '' for those of a cell.
+        prefix: 'recurrent_' for the convolutions of the state, which preserve its size.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    separable = as_bool("separable", separable)
-    mode = as_choice("padding_mode", padding_mode, PADDING_MODES)
+    dims, count = module.spatial_dims, len(channels)
+    separable = as_bool("separable", arguments["separable"])
+    mode = as_choice("padding_mode", arguments["padding_mode"], PADDING_MODES)
 
-    def tuples(singular: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
-        if plural:
-            return as_tuples(f"{prefix}{singular}s", value, minimum, len(channels), dims)
-        return [as_tuple(f"{prefix}{singular}", value, minimum, dims)]
+    def entries(name: str, value: Any, dims: int | None = None) -> list[tuple[str, Any]]:
+        return per_layer(name, value, count, dims) if ending else [(name, value)]
 
-    kernels, steps = tuples("kernel_size", kernel_sizes), tuples("stride", strides)
-    spread, name = tuples("dilation", dilations), f"{prefix}groups"
-    counts = as_ints(name, groups, len(channels)) if plural else [as_int(name, groups, 1)]
+    def tuples(name: str, value: Any, minimum: int = 1) -> list[tuple[int, ...]]:
+        return [as_tuple(*entry, minimum, dims) for entry in entries(f"{prefix}{name}{ending}", value, dims)]
+
+    given = arguments[f"{prefix}kernel_size{ending}"]
+    kernels = tuples("kernel_size", arguments[f"kernel_size{ending}"] if prefix and given is None else given)
+    strides = tuples("stride", 1 if prefix else arguments[f"stride{ending}"])
+    dilations = tuples("dilation", arguments[f"{prefix}dilation{ending}"])
+    groups = [as_int(*entry, 1) for entry in entries(f"{prefix}groups", arguments[f"{prefix}groups"])]
+    padding: Any = "same" if prefix else arguments[f"padding{ending}"]
     pads: list[Any] = [None for _ in channels]
-    if isinstance(paddings, str):
-        as_choice("paddings" if plural else "padding", paddings, ("same",))
+    if isinstance(padding, str):
+        as_choice(f"padding{ending}", padding, ("same",))
     else:
-        pads = [tuple((pad, pad) for pad in entry) for entry in tuples("padding", paddings, 0)]
+        pads = [tuple((pad, pad) for pad in entry) for entry in tuples("padding", padding, 0)]
     found = []
     for i, pair in enumerate(channels):
-        convolution = Convolution(kernels[i], steps[i], pads[i], spread[i], counts[i], mode, separable)
-        convolution.check_groups(name, *pair, i)
-        found.append(convolution)
+        found.append(Convolution(kernels[i], strides[i], pads[i], dilations[i], groups[i], mode, separable))
+        found[-1].check_groups(f"{prefix}groups", *pair, i)
+
+    values: dict[str, Any] = {
+        "kernel_size": None if given is None else kernels,
+        "dilation": dilations,
+        "groups": groups,
+    }
+    if not prefix:
+        sides = padding if isinstance(padding, str) else [convolution.each_side for convolution in found]
+        values |= {"stride": strides, "padding": sides}
+        module.separable, module.padding_mode = separable, mode
+    for name, value in values.items():
+        setattr(module, f"{prefix}{name.rstrip('s')}s", value)
+        if not ending:
+            setattr(module, f"{prefix}{name}", value[0] if isinstance(value, list) else value)
     return found
+
+
+def make_projection(
+    convolution: Convolution | None, size_in: int, size_out: int, packed: int, bias: bool, **factory: Any
+) -> nn.Module:
+    """Returns ``packed`` convolutions in one, or linear maps without a convolution."""
+    if convolution is None:
+        return nn.Linear(size_in, packed * size_out, bias=bias, **factory)
+    return Conv(convolution, size_in, size_out, packed, bias=bias, **factory)
+
+
+def make_res_align(convolution: Convolution | None, size_in: int, size_out: int, **factory: Any) -> nn.Module:
+    """Returns what a layer's input takes to be added to its output: nothing where their shapes agree."""
+    if size_in == size_out and (convolution is None or convolution.preserves_size):
+        return nn.Identity()
+    plain = None if convolution is None else replace(convolution, groups=1, separable=False)
+    return make_projection(plain, size_in, size_out, 1, False, **factory)
 
 
 class Conv(nn.Module):
@@ -187,7 +213,7 @@ class Conv(nn.Module):
     (channels, 1, *kernel) beside a ``weight`` of single pixels. Drawn as those of ``torch.nn.Conv2d``. Scriptable.
     """
 
-    outer: list[int]  # an empty list does not tell TorchScript its type
+    plan: Plan  # whose empty list does not tell TorchScript its type
     if TYPE_CHECKING:  # torch.jit.trace would record an annotated parameter as an Optional, which has no shape
         weight: Tensor
         depthwise: Tensor | None
@@ -210,12 +236,12 @@ class Conv(nn.Module):
             "depthwise", None if depthwise is None else nn.Parameter(torch.empty(depthwise, **factory))
         )
         self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], **factory)) if bias else None)
-        self.description = ", ".join(f"{name}={value}" for name, value in convolution.described().items())
+        self.description = ", ".join(f"{name}={value}" for name, value in convolution.shown().items())
         self.kernel, self.stride = [*convolution.kernel], [*convolution.stride]
         self.dilation = [*convolution.dilation]
-        self.padding, self.outer = convolution.paddings
         self.pads = [pad for pair in convolution.pads for pad in pair]
-        self.groups, self.packed, self.mode = convolution.groups, packed, convolution.mode
+        self.groups, self.mode, self.plan = convolution.groups, convolution.mode, convolution.plan
+        self.packed = packed
         self.least = convolution.least
         self.reset_parameters()
 
@@ -231,19 +257,7 @@ class Conv(nn.Module):
         for i, least in enumerate(self.least):
             if x.shape[i + 2] < least:
                 self.size(list(x.shape[2:]))  # which says what is wrong
-        return convolve(
-            x,
-            self.weight,
-            self.depthwise,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.packed,
-            self.outer,
-            self.mode,
-        )
+        return convolve(x, self.weight, self.depthwise, self.bias, self.plan, self.packed)
 
     def size(self, size: list[int]) -> list[int]:
         """Returns the size of the output for an input of ``size``; ValueError where that is too small."""
@@ -254,19 +268,10 @@ class Conv(nn.Module):
 
 
 def convolve(
-    x: Tensor,
-    weight: Tensor,
-    depthwise: Tensor | None,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    packed: int,
-    outer: list[int],
-    mode: str,
+    x: Tensor, weight: Tensor, depthwise: Tensor | None, bias: Tensor | None, plan: Plan, packed: int
 ) -> Tensor:
-    """``packed`` convolutions of (N, channels, *S), each in ``groups``, behind the padding ``outer``. Scriptable."""
+    """``packed`` convolutions of (N, channels, *S), as the plan says. Scriptable."""
+    stride, padding, dilation, groups, outer, mode = plan
     if len(outer) > 0:
         x = F.pad(x, outer, "constant" if mode == "zeros" else mode)
     if depthwise is not None:

@@ -8,22 +8,18 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-__all__ = ["check_step", "run_other"]
+from ._parts import package_class
 
 
-def run_other(
-    rnn: nn.Module, forward: Callable[..., tuple[Any, Any]], x: Any, h: Any, lengths: Any, reset: Any, batch_first: bool
-) -> Any:
-    """Returns what ``rnn`` does for an x that is a PackedSequence or a torch.fx.Proxy, or a list of them; else None.
-
-    ``forward`` is the function that asks, which a subclass may have overridden.
-    """
+def run_other(rnn: Any, x: Any, h: Any, lengths: Any, reset: Any) -> Any:
+    """Returns what ``rnn`` does for an x that is a PackedSequence or a torch.fx.Proxy, or a list of them; else None."""
     leaves = _leaves(x)
     for leaf in leaves:
         if isinstance(leaf, Proxy):
-            return _record(rnn, forward, leaf.tracer, (x, h, lengths, reset))
+            return _record(rnn, leaf.tracer, (x, h, lengths, reset))
     if any(isinstance(leaf, PackedSequence) for leaf in leaves):
-        return _run_packed(partial(forward, rnn), x, leaves, h, lengths, reset, batch_first)
+        run = partial(package_class(rnn).forward, rnn)  # not that of a subclass, which has run when this one asks
+        return _run_packed(run, x, leaves, h, lengths, reset, rnn.batch_first)
     return None
 
 
@@ -39,10 +35,10 @@ def _leaves(x: Any) -> list[Any]:
     return [*x] if type(x) in (list, tuple) else [x]
 
 
-def _record(rnn: nn.Module, forward: Callable[..., Any], tracer: Any, arguments: tuple[Any, ...]) -> Any:
+def _record(rnn: nn.Module, tracer: Any, arguments: tuple[Any, ...]) -> Any:
     """Records one call of ``rnn``, a leaf of the graph as the layers of torch.nn are: what it does depends on sizes."""
     name, path = type(rnn).__name__, tracer.path_of_module(rnn)
-    if type(rnn).forward is not forward:
+    if type(rnn).forward is not package_class(rnn).forward:
         raise TypeError(
             f"torch.fx cannot trace into {name}, which overrides forward: take a torch.fx.Tracer whose is_leaf_module is "
             "True for it"
@@ -82,7 +78,7 @@ def _run_packed(
     def rows(state: Any, index: Tensor) -> Any:
         """Those of a state in another order; as it is where it has none, or not those, which the layer then refuses."""
         if isinstance(state, (list, tuple)):
-            return [rows(entry, index) for entry in state]
+            return type(state)(rows(entry, index) for entry in state)
         has_rows = isinstance(state, Tensor) and state.dim() >= first.data.dim() and state.shape[0] == batch
         return state.index_select(0, index) if has_rows else state
 

@@ -7,16 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Norm",
-    "described",
-    "fill_gate_bias",
-    "make_feature_norm",
-    "make_norm",
-    "norm_input",
-    "reset_parameters",
-]
-
 Norm = bool | str | Callable[[int], nn.Module] | None
 
 
@@ -25,31 +15,39 @@ def norm_groups(channels: int) -> int:
     return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
-def make_norm(name: str, norm: Norm, channels: int, packed: int = 1, **factory: Any) -> nn.Module | None:
-    """Returns the normalisation of ``packed`` times ``channels`` channels, each of the packed ones on its own.
+def make_norm(name: str, norm: Norm, channels: int, packed: int = 1, images: bool = True, **factory: Any) -> Any:
+    """Returns the normalisation of ``packed`` times ``channels`` channels, each of the packed ones on its own, or None.
 
     None and False are none, 'layer' is a GroupNorm of one group, 'group' and True one of up to 64 groups of at least 4
-    channels; a callable gets the number of all channels.
+    channels; of vectors, which are no ``images``, True and 'layer' are LayerNorm, 'rms' is RMSNorm. A callable gets the
+    number of all channels.
     """
     if norm is None or norm is False:
         return None
     if callable(norm):
         return _called(name, norm, packed * channels, factory)
-    if norm is not True and norm not in ("layer", "group"):
-        raise ValueError(f"{name} must be None, 'layer', 'group' or a callable channels -> Module, got {norm!r}")
+    names = ("layer", "group") if images else ("layer", "rms")
+    if norm is not True and norm not in names:
+        counted = "channels" if images else "features"
+        raise ValueError(
+            f"{name} must be None, {names[0]!r}, {names[1]!r} or a callable {counted} -> Module, got {norm!r}"
+        )
+    if not images:
+        return (nn.RMSNorm if norm == "rms" else nn.LayerNorm)(channels, **factory)
     groups = 1 if norm == "layer" else norm_groups(channels)
     return nn.GroupNorm(packed * groups, packed * channels, **factory)
 
 
-def make_feature_norm(name: str, norm: Norm, features: int, **factory: Any) -> nn.Module | None:
-    """Returns the normalisation of steps without images: True and 'layer' are LayerNorm, 'rms' is RMSNorm."""
-    if norm is None or norm is False:
-        return None
-    if callable(norm):
-        return _called(name, norm, features, factory)
-    if norm is not True and norm not in ("layer", "rms"):
-        raise ValueError(f"{name} must be None, 'layer', 'rms' or a callable features -> Module, got {norm!r}")
-    return (nn.RMSNorm if norm == "rms" else nn.LayerNorm)(features, **factory)
+def flatten_frames(x: Tensor, time_first: bool) -> Tensor:
+    """Returns the frames of x (B, T, ...) as (N, ...), with ``time_first`` in the order (T, B). Scriptable."""
+    return (x.transpose(0, 1) if time_first else x).flatten(0, 1)
+
+
+def unflatten_frames(frames: Tensor, x: Tensor, time_first: bool) -> Tensor:
+    """Returns the frames (N, ...) as (B, T, ...) with B and T of x: the inverse of :func:`flatten_frames`."""
+    if time_first:
+        return torch.unflatten(frames, 0, [x.shape[1], x.shape[0]]).transpose(0, 1)
+    return torch.unflatten(frames, 0, x.shape[:2])  # x.unflatten runs more Python
 
 
 def norm_input(x: Tensor) -> Tensor:
@@ -105,14 +103,15 @@ def fill_gate_bias(gate: Tensor, value: float | str, chrono_max: int | None) -> 
         gate.fill_(value)
 
 
-def described(module: nn.Module) -> str:
-    """Returns the arguments of the module's constructor, from its attributes: those required, and what is no default.
+def package_class(module: nn.Module) -> Any:
+    """Returns the module's class in this package, of which a user may have a subclass, or another package a base."""
+    return next(base for base in type(module).__mro__ if base.__module__.startswith("convrnn."))
 
-    They are those of this package's class: a user's subclass may hand on ``*args``, or another package add a base.
-    """
-    kind = next(base for base in type(module).__mro__ if base.__module__.startswith("convrnn."))
+
+def format_repr(module: nn.Module) -> str:
+    """Returns the arguments of the constructor, from attributes of their names: those required, and what is no default."""
     found = []
-    for name, parameter in inspect.signature(kind).parameters.items():
+    for name, parameter in inspect.signature(package_class(module)).parameters.items():
         value = getattr(module, name, parameter.default)  # a subclass may lack one, as device and dtype are lacking
         if isinstance(value, Tensor):
             value = True  # a bias that is learned

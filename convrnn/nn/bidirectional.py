@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from ._checks import check_states
 from ._convolution import Convolution
 from ._inputs import run_other
-from ._masks import live_frames, resets_before, reverse
+from ._masks import resets_before, reverse, valid_frames
 from ._parts import reset_parameters
-from .conv_gru import ConvGRU
-from .conv_gru_cell import SepConvGRUCell
-from .gru_rcn import GRU_RCN
-from .mingru import MinGRUBase
-from .stacked_gru_rcn import StackedGRU_RCN
+from ._recurrent import INTERFACE, Recurrent, State
 
 __all__ = ["Bidirectional"]
 
@@ -65,19 +61,14 @@ class Bidirectional(nn.Module):
 
     def __init__(self, rnn: nn.Module, backward_rnn: nn.Module | None = None) -> None:
         super().__init__()
-        kind = _kind("rnn", rnn)
-        other = kind if backward_rnn is None else _kind("backward_rnn", backward_rnn)
+        kind = _interface("rnn", rnn)
+        other = kind if backward_rnn is None else _interface("backward_rnn", backward_rnn)
         if other != kind:
-            raise ValueError(
-                "backward_rnn must agree with rnn in (state is one Tensor, number of states, dimension of time, dimensions of "
-                "a frame, input is a list): "
-                f"expected {kind}, got {other}"
-            )
-        self.single_state, states, self.time_dim, self.frame_dims, self.takes_levels = kind
-        self.num_states, self.bidirectional = 2 * states, True
-        self.scriptable = isinstance(rnn, (GRU_RCN, MinGRUBase))
-        self.rnn = rnn
-        self.backward_rnn = backward_rnn
+            raise ValueError(f"backward_rnn must agree with rnn: expected {kind}, got {other}")
+        self.rnn, self.backward_rnn = rnn, backward_rnn
+        self.single_state, self.takes_levels = bool(rnn.single_state), bool(rnn.takes_levels)
+        self.frame_dims, self.num_states = kind["frame_dims"], 2 * kind["num_states"]
+        self.time_dim, self.bidirectional, self.scriptable = int(kind["batch_first"]), True, bool(rnn.scriptable)
         for name in (*vars(rnn), "spatial_dims"):
             value = getattr(rnn, name, None)
             own = name.startswith("_") or isinstance(value, (Tensor, nn.Module, Convolution))
@@ -110,27 +101,25 @@ class Bidirectional(nn.Module):
             h_n: final states, ordered as ``h``; the backward ones belong to the first frame.
 
         Raises:
-            TypeError: ``x`` is no Tensor, ``h`` no list of them, or the dtype of a mask does not fit.
-            ValueError: ``x``, the number of states, a state's shape or a mask does not fit.
+            TypeError, ValueError: as ``rnn`` does.
         """
         if not torch.jit.is_scripting() and not isinstance(x, Tensor):
-            found = run_other(self, Bidirectional.forward, x, h, lengths, reset, self.time_dim == 1)
-            if found is not None:
-                return found
+            result = run_other(self, x, h, lengths, reset)
+            if result is not None:
+                return result
         if not torch.jit.is_scripting() and self.takes_levels:
             return self._run_levels(x, h, lengths, reset)
         outs, states = self._run([x], isinstance(x, Tensor) and x.dim() == self.frame_dims, h, lengths, reset)
         return outs[0], states
 
     def _run_levels(
-        self, xs: Any, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Any, list[Tensor]]:
-        _, frame = self.rnn._as_clips(xs)
-        return self._run(list(xs), frame, h, lengths, reset)
+        self, xs: Any, h: list[State] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Any, list[State]]:
+        return self._run(list(xs), self.rnn.are_frames(xs), h, lengths, reset)
 
     def _run(
-        self, xs: list[Tensor], frame: bool, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
+        self, xs: list[Tensor], frame: bool, h: list[State] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], list[State]]:
         """:meth:`forward` over the inputs of each level, of which all but StackedGRU_RCN have one."""
         check_states(h, self.num_states)
         half = self.num_states // 2
@@ -138,23 +127,38 @@ class Bidirectional(nn.Module):
             xs = [x.unsqueeze(self.time_dim) for x in xs]
             if isinstance(reset, Tensor):
                 reset = reset.unsqueeze(self.time_dim)
-        h_fwd = None if h is None else h[:half]
-        h_bwd = None if h is None else h[half:]
-        outs_fwd, h_fwd = self._forward_direction(xs, h_fwd, lengths, reset)
-        clips = [self._batch_first(x) for x in xs]
+        outs, states = self._direction(False, xs, None if h is None else h[:half], lengths, reset)
         if reset is not None:
             cuts = self._batch_first(reset)
             if lengths is not None:
-                cuts = cuts & live_frames(lengths, clips[0])
+                cuts = cuts & valid_frames(lengths, self._batch_first(xs[0]))
             reset = self._batch_first(reverse(resets_before(cuts), lengths))
-        turned = [self._batch_first(reverse(clip, lengths)) for clip in clips]
-        outs_bwd, h_bwd = self._backward_direction(turned, h_bwd, lengths, reset)
-        outs: list[Tensor] = []
-        for i, out_fwd in enumerate(outs_fwd):
-            out_bwd = self._batch_first(reverse(self._batch_first(outs_bwd[i]), lengths))
-            out = torch.cat((out_fwd, out_bwd), dim=2)
-            outs.append(out.squeeze(self.time_dim) if frame else out)
-        return outs, h_fwd + h_bwd
+        xs = [self._reverse(x, lengths) for x in xs]
+        others, last = self._direction(True, xs, None if h is None else h[half:], lengths, reset)
+        both = [torch.cat((out, self._reverse(others[i], lengths)), 2) for i, out in enumerate(outs)]
+        return [out.squeeze(self.time_dim) for out in both] if frame else both, states + last
+
+    def _direction(
+        self, backwards: bool, xs: list[Tensor], h: list[State] | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[list[Tensor], list[State]]:
+        """Calls one of the layers; TorchScript knows no variable that holds a module."""
+        if self.takes_levels:
+            shared = self.backward_rnn is None or not backwards
+            outs, states = (self.rnn if shared else self.backward_rnn)(xs, h, lengths=lengths, reset=reset)
+            return outs, states
+        x = xs[0]
+        if self.single_state:
+            first = None if h is None else h[0]
+            if self.backward_rnn is not None and backwards:
+                out, state = self.backward_rnn(x, first, lengths, reset)
+                return [out], [state]
+            out, state = self.rnn(x, first, lengths, reset)
+            return [out], [state]
+        if self.backward_rnn is not None and backwards:
+            out, states = self.backward_rnn(x, h, lengths, reset)
+            return [out], states
+        out, states = self.rnn(x, h, lengths, reset)
+        return [out], states
 
     def step(self, x: Any, h: list[Tensor] | None = None, *, reset: Tensor | None = None) -> Any:
         """Raises ValueError, as every layer of two directions does: what comes later is not there yet."""
@@ -163,6 +167,9 @@ class Bidirectional(nn.Module):
     def _batch_first(self, x: Tensor) -> Tensor:
         """From the order of ``rnn`` to (B, T, ...), and back."""
         return x if self.time_dim == 1 else x.transpose(0, 1)
+
+    def _reverse(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return self._batch_first(reverse(self._batch_first(x), lengths))
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
@@ -180,44 +187,8 @@ class Bidirectional(nn.Module):
         states: list[Tensor] = h_fwd + h_bwd
         return states
 
-    def _forward_direction(
-        self, xs: list[Tensor], h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if self.takes_levels:
-            outs, states = self.rnn(xs, h, lengths=lengths, reset=reset)
-            return outs, states
-        if self.single_state:
-            out, state = self.rnn(xs[0], None if h is None else h[0], lengths, reset)
-            return [out], [state]
-        out, states = self.rnn(xs[0], h, lengths=lengths, reset=reset)
-        return [out], states
 
-    def _backward_direction(
-        self, xs: list[Tensor], h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        if self.backward_rnn is None:
-            return self._forward_direction(xs, h, lengths, reset)
-        if self.takes_levels:
-            outs, states = self.backward_rnn(xs, h, lengths=lengths, reset=reset)
-            return outs, states
-        if self.single_state:
-            out, state = self.backward_rnn(xs[0], None if h is None else h[0], lengths, reset)
-            return [out], [state]
-        out, states = self.backward_rnn(xs[0], h, lengths=lengths, reset=reset)
-        return [out], states
-
-
-def _kind(name: str, rnn: Any) -> tuple[bool, int, int, int, bool]:
-    """Returns (state is one Tensor, number of states, dimension of time, dimensions of one frame, input is a list)."""
-    time = 1 if getattr(rnn, "batch_first", True) else 0
-    if isinstance(rnn, GRU_RCN):
-        return True, 1, time, 4, False
-    if isinstance(rnn, StackedGRU_RCN):
-        return False, len(rnn.levels), time, 4, True
-    if isinstance(rnn, SepConvGRUCell):
-        return False, 1, time, 4, False
-    if isinstance(rnn, ConvGRU) and not rnn.bidirectional:
-        return False, rnn.num_states, time, rnn.spatial_dims + 2, False
-    if isinstance(rnn, MinGRUBase) and not rnn.bidirectional:
-        return False, rnn.num_states, time, rnn.layout.count(","), False
-    raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")
+def _interface(name: str, rnn: Any) -> dict[str, Any]:
+    if not isinstance(rnn, Recurrent) or rnn.bidirectional:
+        raise TypeError(f"{name} must be a recurrent layer of convrnn of one direction, got {type(rnn).__name__}")
+    return {attribute: getattr(rnn, attribute) for attribute in INTERFACE}

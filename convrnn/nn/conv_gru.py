@@ -1,43 +1,29 @@
 """ConvGRU: convolutional GRU layers over one, two or three spatial dimensions, one or several stacked."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from convrnn.ops._check import autocast_is_on, check_floating, check_same_device, check_same_dtype
-
-from ._checks import (
-    as_bool,
-    as_gate_bias,
-    as_int,
-    as_probability,
-    as_sizes,
-    check_clip,
-    check_shape,
-    check_states,
-)
-from ._convolution import Conv, Sizes, as_convolutions
+from ._checks import as_int, as_sizes
+from ._convolution import Sizes
 from ._gru_layer import GRULayer
-from ._inputs import check_step, run_other
-from ._masks import blank, read_masks, resets_before
-from ._parts import Norm, described, make_norm, norm_input, reset_parameters
+from ._options import GRUOptions, options_of
+from ._parts import Norm
+from ._stack import ConvStack
 
 __all__ = ["ConvGRU", "ConvGRU1d", "ConvGRU3d"]
 
 
-class ConvGRU(nn.Module):
+class ConvGRU(ConvStack):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c in each layer.
 
     ``*`` is a convolution, ``.`` the elementwise product, s the logistic function. z near 1 takes the candidate c, z
-    near 0 keeps the state h. Each layer reads the output of the one before, and computes the input's convolutions, of
-    any kind, for all frames at once. A layer whose recurrent convolutions are dense, with zero padding and without
-    dilation, runs as one op over the sequence (:func:`convrnn.gru_rcn`), with ``lengths`` and ``reset`` too, as long as
-    none of ``reset_after``, ``cell_norm``, ``zoneout`` and ``recurrent_dropout`` (in training) is in use, nor ``reset``
-    with ``learn_h0``; every other walks over time. Compiled, such a walk is unrolled.
+    near 0 keeps the state h. Each layer reads the output of the one before. The input's convolutions, of any kind, are
+    computed for all frames at once. Supported options run as one fused op over the sequence (:func:`convrnn.gru_rcn`),
+    with ``lengths`` and ``reset`` too; the others loop over time in Python, which a compiler unrolls. Supported are
+    recurrent convolutions that are dense, zero-padded and not dilated, without ``reset_after``, ``cell_norm`` and
+    ``zoneout``, without ``recurrent_dropout`` in training, and without ``learn_h0`` where there is a ``reset``.
 
     Parameters of each layer, in ``layers`` and ``backward_layers``: ``W`` (3*hidden, input, *k) packed z, r, c; ``U``
     (2*hidden, hidden, *k) packed z, r; ``C`` (hidden, hidden, *k); ``bias`` (3*hidden).
@@ -75,7 +61,7 @@ class ConvGRU(nn.Module):
         gate_bias: initial bias of z, or 'chrono': minus the logarithm of uniform numbers in [1, chrono_max - 1].
         chrono_max: the longest dependency expected, in frames, for 'chrono'.
         learn_h0: learn the state before the first frame, one number a channel, which starts at zero. With ``reset`` the
-            layer then walks over time, for the op begins anew from zeros alone.
+            layer then loops over time, for the fused op resets to zeros only.
         bidirectional: a second layer beside each, with weights of its own, reads the sequence from its end; its output
             joins the other's over the channels.
         batch_first: True for sequences (B, T, ...), False for (T, B, ...).
@@ -101,11 +87,6 @@ class ConvGRU(nn.Module):
         >>> out.shape
         torch.Size([2, 16, 3, 3])
     """
-
-    spatial_dims: ClassVar[int] = 2
-    plural: ClassVar[bool] = True  # the arguments of several layers: a cell's are named in the singular
-    groups: int | list[int]
-    recurrent_groups: int | list[int]
 
     def __init__(
         self,
@@ -138,199 +119,9 @@ class ConvGRU(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        dims = self.spatial_dims
-        self.input_size = as_int("input_size", input_size, 1)
-        self.hidden_sizes = as_sizes("hidden_sizes", hidden_sizes)
-        self.num_layers = len(self.hidden_sizes)
-        self.bidirectional = as_bool("bidirectional", bidirectional)
-        directions = 2 if bidirectional else 1
-        self.num_states = directions * self.num_layers
-        self.batch_first = as_bool("batch_first", batch_first)
-        self.dropout = as_probability("dropout", dropout)
-        self.residual, self.bias = as_bool("residual", residual), as_bool("bias", bias)
-        self.gate_bias, self.chrono_max = as_gate_bias(gate_bias, chrono_max, bias)
-        self.reset_after, self.learn_h0 = as_bool("reset_after", reset_after), as_bool("learn_h0", learn_h0)
-        self.recurrent_dropout = as_probability("recurrent_dropout", recurrent_dropout)
-        self.zoneout = as_probability("zoneout", zoneout)
-        self.norm, self.cell_norm = norm, cell_norm
-
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        inputs = [self.input_size, *(directions * size for size in self.hidden_sizes[:-1])]
-        common: dict[str, Any] = {"separable": separable, "padding_mode": padding_mode, "plural": self.plural}
-        convolutions = as_convolutions(
-            dims,
-            list(zip(inputs, self.hidden_sizes, strict=True)),
-            kernel_sizes=kernel_sizes,
-            strides=strides,
-            paddings=paddings,
-            dilations=dilations,
-            groups=groups,
-            **common,
-        )
-        recurrents = as_convolutions(
-            dims,
-            [(size, size) for size in self.hidden_sizes],
-            kernel_sizes=kernel_sizes if recurrent_kernel_sizes is None else recurrent_kernel_sizes,
-            strides=1,
-            paddings="same",
-            dilations=recurrent_dilations,
-            groups=recurrent_groups,
-            **common,
-            prefix="recurrent_",
-        )
-        self.kernel_sizes = [conv.kernel for conv in convolutions]
-        self.strides = [conv.stride for conv in convolutions]
-        self.paddings = paddings if isinstance(paddings, str) else [conv.each_side for conv in convolutions]
-        self.dilations = [conv.dilation for conv in convolutions]
-        self.groups = [conv.groups for conv in convolutions]
-        self.recurrent_kernel_sizes = None if recurrent_kernel_sizes is None else [conv.kernel for conv in recurrents]
-        self.recurrent_dilations = [conv.dilation for conv in recurrents]
-        self.recurrent_groups = [conv.groups for conv in recurrents]
-        self.separable, self.padding_mode = separable, padding_mode
-        options: dict[str, Any] = {
-            "bias": bias,
-            "reset_after": reset_after,
-            "cell_norm": cell_norm,
-            "recurrent_dropout": self.recurrent_dropout,
-            "zoneout": self.zoneout,
-            "gate_bias": self.gate_bias,
-            "chrono_max": self.chrono_max,
-            "learn_h0": learn_h0,
-        }
-        self.layers, self.backward_layers = nn.ModuleList(), nn.ModuleList()
-        self.norms, self.res_aligns = nn.ModuleList(), nn.ModuleList()
-        for i, (size_in, size) in enumerate(zip(inputs, self.hidden_sizes, strict=True)):
-            conv, recurrent = convolutions[i], recurrents[i]
-            for direction in (self.layers, self.backward_layers)[:directions]:
-                direction.append(GRULayer(size_in, size, conv, recurrent, **options, **factory))
-            self.norms.append(make_norm("norm", norm, size_in, **factory) or nn.Identity())
-            if residual:
-                same = size_in == directions * size and conv.keeps_size
-                aligned = replace(conv, groups=1, separable=False)
-                self.res_aligns.append(
-                    nn.Identity() if same else Conv(aligned, size_in, directions * size, bias=False, **factory)
-                )
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters anew, as the constructor did."""
-        reset_parameters([*self.layers, *self.backward_layers, *self.norms, *self.res_aligns])
-
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs every layer over a clip, or over one frame.
-
-        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it; the
-        backward direction begins anew on the other side of the cut.
-
-        Args:
-            x: clip (B, T, input_size, *S), or (T, B, ...) without ``batch_first``, or one frame (B, input_size, *S);
-                float. A PackedSequence of such frames gives a PackedSequence.
-            h: the state before the first frame: a list of (B, hidden_i, *S_i), one a layer; when bidirectional two a
-                layer, forward first. None for zeros, or for the learned state.
-            lengths: (B,) integers, frames of each row; values outside of 0..T act as the nearest of them.
-            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes the
-                initial one before the frame is read.
-
-        Returns:
-            out: output of the last layer, (B, T, hidden, *S'), (T, B, hidden, *S') or (B, hidden, *S'); zero behind a
-                row's end.
-            h_n: state of each layer and direction behind the last frame it read, before its residual is added.
-
-        Raises:
-            TypeError: an argument is no Tensor, ``h`` no list, or a dtype does not fit.
-            ValueError: a shape or device does not fit, or a PackedSequence has ``lengths`` beside it.
-        """
-        if not isinstance(x, Tensor):
-            found = run_other(self, ConvGRU.forward, x, h, lengths, reset, self.batch_first)
-            if found is not None:
-                return found
-        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
-        if frame:
-            x = x.unsqueeze(1)
-        elif not self.batch_first:
-            x = x.transpose(0, 1)
-        layer: Any = self.layers[0]
-        if not autocast_is_on(x.device.type):
-            check_same_dtype("x", x, "the parameters", layer.W)
-        check_states(h, self.num_states)
-        live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
-        if live is not None:
-            x = blank(x, live)
-        states: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            if i > 0:
-                x = F.dropout(x, self.dropout, self.training)
-            frames = x.flatten(0, 1)
-            norm = self.norms[i]
-            read = norm(frames if isinstance(norm, nn.Identity) else norm_input(frames)).unflatten(0, x.shape[:2])
-            given = [None, None] if h is None else self._checked_states(i, h, x)
-            out, h_n = layer(read, given[0], live, reset)
-            states.append(h_n)
-            if self.bidirectional:
-                back, h_n = self.backward_layers[i](
-                    read.flip(1),
-                    given[1],
-                    None if live is None else live.flip(1),
-                    None if reset is None else resets_before(reset).flip(1),
-                )
-                states.append(h_n)
-                out = torch.cat((out, back.flip(1)), 2)
-            if len(self.res_aligns) > 0:
-                out = out + self.res_aligns[i](frames).unflatten(0, x.shape[:2])
-            x = out
-        if live is not None:
-            x = blank(x, live)
-        if frame:
-            return x.squeeze(1), states
-        return x if self.batch_first else x.transpose(0, 1), states
-
-    def step(
-        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one frame (B, input_size, *S); what :meth:`forward` does with it, and refuses a clip.
-
-        Raises:
-            ValueError: ``x`` is a clip, or the layer bidirectional: what comes later is not there yet.
-        """
-        if self.bidirectional:
-            raise ValueError("step must be called on a layer of one direction, got bidirectional=True")
-        check_step(x)
-        if isinstance(x, Tensor) and x.dim() != self.spatial_dims + 2:
-            raise ValueError(f"x must be one frame (B, {self.input_size}, *S), got shape {list(x.shape)}")
-        return self(x, h, reset=reset)
-
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """Returns the states that ``h=None`` stands for, of the dtype and device of x, a clip or a frame."""
-        frame = check_clip(x, self.spatial_dims, self.input_size, self.batch_first)
-        x = x.unsqueeze(1) if frame else x if self.batch_first else x.transpose(0, 1)
-        states: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            pair: list[Any] = [layer, *([self.backward_layers[i]] if self.bidirectional else [])]
-            states += [direction.initial_state(x).to(x.dtype, copy=True) for direction in pair]
-            x = states[-1].unsqueeze(1)
-        return states
-
-    def _checked_states(self, i: int, h: list[Tensor], x: Tensor) -> list[Tensor | None]:
-        """The states of layer i, whose input is x."""
-        layer: Any = self.layers[i]
-        states: list[Tensor | None] = []
-        directions = self.num_states // self.num_layers
-        for j in range(directions * i, directions * (i + 1)):
-            check_shape(f"h[{j}]", h[j], [x.shape[0], layer.hidden_size, *layer.input.size(list(x.shape[3:]))])
-            check_floating(f"h[{j}]", h[j])
-            check_same_device(f"h[{j}]", h[j], "x", x)
-            states.append(h[j])
-        return states
-
-    def extra_repr(self) -> str:
-        return described(self)
+        sizes = [as_int("input_size", input_size, 1), *as_sizes("hidden_sizes", hidden_sizes)]
+        arguments = locals()
+        super().__init__(sizes, arguments, GRULayer, options_of(GRUOptions, arguments))
 
 
 class ConvGRU1d(ConvGRU):

@@ -1,15 +1,19 @@
 """Single layers of ConvGRU, with arguments in the singular, and the update of RAFT made of two of them."""
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._checks import as_int, check_clip, check_states
+from ._checks import as_int
 from ._convolution import Size
-from ._inputs import run_other
-from ._masks import read_masks
-from ._parts import Norm, described, reset_parameters
+from ._gru_layer import GRULayer
+from ._masks import Masks
+from ._options import GRUOptions, options_of
+from ._parts import Norm, reset_parameters
+from ._recurrent import RecurrentLists, State
+from ._stack import ConvStack
 from .conv_gru import ConvGRU
 
 __all__ = ["ConvGRUCell", "ConvGRUCell1d", "ConvGRUCell3d", "SepConvGRUCell"]
@@ -50,8 +54,6 @@ class ConvGRUCell(ConvGRU):
         (torch.Size([2, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
     """
 
-    plural: ClassVar[bool] = False
-
     def __init__(
         self,
         input_size: int,
@@ -81,42 +83,10 @@ class ConvGRUCell(ConvGRU):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            input_size,
-            as_int("hidden_size", hidden_size, 1),
-            kernel_size,
-            recurrent_kernel_sizes=recurrent_kernel_size,
-            strides=stride,
-            paddings=padding,
-            dilations=dilation,
-            recurrent_dilations=recurrent_dilation,
-            groups=groups,
-            recurrent_groups=recurrent_groups,
-            separable=separable,
-            padding_mode=padding_mode,
-            bias=bias,
-            reset_after=reset_after,
-            norm=norm,
-            cell_norm=cell_norm,
-            residual=residual,
-            recurrent_dropout=recurrent_dropout,
-            zoneout=zoneout,
-            gate_bias=gate_bias,
-            chrono_max=chrono_max,
-            learn_h0=learn_h0,
-            batch_first=batch_first,
-            device=device,
-            dtype=dtype,
-        )
-        (self.hidden_size,), (self.kernel_size,), (self.stride,) = self.hidden_sizes, self.kernel_sizes, self.strides
-        (self.dilation,), (self.recurrent_dilation,) = self.dilations, self.recurrent_dilations
-        recurrent = self.recurrent_kernel_sizes
-        self.recurrent_kernel_size = None if recurrent is None else recurrent[0]
-        self.padding = self.paddings if isinstance(self.paddings, str) else self.paddings[0]
-        self.groups, self.recurrent_groups = (
-            as_int("groups", groups, 1),
-            as_int("recurrent_groups", recurrent_groups, 1),
-        )
+        sizes = [as_int("input_size", input_size, 1), as_int("hidden_size", hidden_size, 1)]
+        arguments = locals()
+        ConvStack.__init__(self, sizes, arguments, GRULayer, options_of(GRUOptions, arguments), ending="")
+        self.hidden_size = sizes[1]
 
 
 class ConvGRUCell1d(ConvGRUCell):
@@ -143,7 +113,7 @@ class ConvGRUCell3d(ConvGRUCell):
     spatial_dims: ClassVar[int] = 3
 
 
-class SepConvGRUCell(nn.Module):
+class SepConvGRUCell(RecurrentLists):
     """h <- ConvGRUCell(x, h) with kernels 1 x k, then h <- ConvGRUCell(x, h) with kernels k x 1: two updates a frame.
 
     In each, z near 1 takes the candidate, z near 0 keeps the state: h' = (1-z).h + z.c. The update of RAFT.
@@ -199,32 +169,17 @@ class SepConvGRUCell(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        arguments = locals()
         super().__init__()
-        common: dict[str, Any] = {
-            "dilation": dilation,
-            "recurrent_dilation": recurrent_dilation,
-            "groups": groups,
-            "recurrent_groups": recurrent_groups,
-            "separable": separable,
-            "padding_mode": padding_mode,
-            "bias": bias,
-            "reset_after": reset_after,
-            "norm": norm,
-            "cell_norm": cell_norm,
-            "recurrent_dropout": recurrent_dropout,
-            "zoneout": zoneout,
-            "gate_bias": gate_bias,
-            "chrono_max": chrono_max,
-            "batch_first": batch_first,
-        }
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        names = inspect.signature(ConvGRUCell).parameters.keys() - {"kernel_size", "residual", "learn_h0"}
+        common = {name: value for name, value in arguments.items() if name in names}
         self.kernel_size = length = as_int("kernel_size", kernel_size, 1)
-        self.horizontal = ConvGRUCell(input_size, hidden_size, (1, length), learn_h0=learn_h0, **common, **factory)
-        self.vertical = ConvGRUCell(input_size, hidden_size, (length, 1), residual=residual, **common, **factory)
-        self.input_size, self.hidden_size = self.horizontal.input_size, self.horizontal.hidden_size
-        self.batch_first, self.learn_h0, self.residual = self.horizontal.batch_first, learn_h0, residual
-        for name in common:
+        self.horizontal = ConvGRUCell(kernel_size=(1, length), learn_h0=learn_h0, **common)
+        self.vertical = ConvGRUCell(kernel_size=(length, 1), residual=residual, **common)
+        for name in common.keys() - {"device", "dtype"}:
             setattr(self, name, getattr(self.horizontal, name))
+        self.learn_h0, self.residual = learn_h0, residual
+        self.set_interface(f"x must be one frame (B, {self.input_size}, H, W)", 4, 1, self.batch_first)
 
     def reset_parameters(self) -> None:
         """Initialises all parameters anew, as the constructor did."""
@@ -235,64 +190,22 @@ class SepConvGRUCell(nn.Module):
         state_dict.pop(f"{prefix}horizontal.res_aligns.0.weight", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def forward(
-        self,
-        x: Tensor,
-        h: list[Tensor] | None = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs a frame (B, input_size, H, W) or a clip (B, T, input_size, H, W) from the state [(B, hidden_size, H, W)].
+    def is_frame(self, x: Tensor) -> bool:
+        return self.horizontal.is_frame(x)
 
-        ``lengths`` and ``reset`` are those of :class:`ConvGRU`, and so is a PackedSequence as x.
-
-        Returns:
-            out: (B, hidden_size, H, W) or (B, T, hidden_size, H, W); zero behind a row's end.
-            h_n: list of the state after the last frame of each row.
-
-        Raises:
-            TypeError: an argument is no Tensor, ``h`` no list of one, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit, or a PackedSequence has ``lengths`` beside it.
-        """
-        if not isinstance(x, Tensor):
-            found = run_other(self, SepConvGRUCell.forward, x, h, lengths, reset, self.batch_first)
-            if found is not None:
-                return found
-        if check_clip(x, 2, self.input_size, self.batch_first):
-            return self._update(x, h, lengths, reset)
-        time = 1 if self.batch_first else 0
-        clip = x if time == 1 else x.transpose(0, 1)
-        live, reset = read_masks(clip, False, self.batch_first, lengths, reset)
-        check_states(h, 1)
+    def run(self, x: Tensor, h: list[State] | None, masks: Masks) -> tuple[Tensor, list[State]]:
+        states = (
+            self.horizontal.init_hidden_state(x.transpose(0, 1) if not self.batch_first else x) if h is None else [*h]
+        )
         out: list[Tensor] = []
-        state = self.init_hidden_state(x) if h is None else [*h]
-        for t, frame in enumerate(clip.unbind(1)):
-            there = None if live is None else live[:, t].long()  # one frame of a row, or none
-            frame_out, state = self._update(frame, state, there, None if reset is None else reset[:, t])
+        for t, frame in enumerate(x.unbind(1)):
+            lengths = None if masks.valid is None else masks.valid[:, t].long()  # one frame of a row, or none
+            reset = None if masks.reset is None else masks.reset[:, t]
+            _, states = self.horizontal(frame, states, lengths=lengths, reset=reset)
+            frame_out, states = self.vertical(frame, states, lengths=lengths)
             out.append(frame_out)
-        if not out:
-            return state[0].unsqueeze(time).narrow(time, 0, 0), state
-        return torch.stack(out, time), state
-
-    def _update(
-        self, x: Tensor, h: list[Tensor] | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        _, state = self.horizontal(x, h, lengths=lengths, reset=reset)
-        out, state = self.vertical(x, state, lengths=lengths)
-        return out, state
-
-    def step(
-        self, x: Tensor, h: list[Tensor] | None = None, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one frame (B, input_size, H, W)."""
-        if isinstance(x, Tensor) and x.dim() != 4:
-            raise ValueError(f"x must be one frame (B, {self.input_size}, H, W), got shape {list(x.shape)}")
-        check_clip(x, 2, self.input_size, self.batch_first)
-        return self._update(x, h, None, reset)
+        return torch.stack(out, 1) if out else states[0].unsqueeze(1)[:, :0], states
 
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """Returns the state that ``h=None`` stands for, of the dtype and device of x."""
         return self.horizontal.init_hidden_state(x)
-
-    def extra_repr(self) -> str:
-        return described(self)

@@ -1,21 +1,22 @@
 """GRU-RCN: the convolutional GRU over a whole sequence of feature maps."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-
-from convrnn.ops._codes import encode
 
 from ._checks import as_bool, as_int, as_pair, check_sequence, check_shape
 from ._convolution import Convolution
 from ._gru_layer import GRUParameters
-from ._inputs import check_step, run_other
-from ._masks import blank, read_masks
-from ._parts import described
+from ._inputs import run_other
+from ._masks import Masks
+from ._options import GRUOptions
+from ._recurrent import Recurrent, State
 
 __all__ = ["GRU_RCN"]
 
 
-class GRU_RCN(GRUParameters):
+class GRU_RCN(GRUParameters, Recurrent):
     """z = s(W_z*x + U_z*h), r = s(W_r*x + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c, frame after frame.
 
     ``*`` is a convolution with zero padding that keeps the frame's size, ``.`` the elementwise product, s the
@@ -32,7 +33,7 @@ class GRU_RCN(GRUParameters):
         kernel_size: size of every kernel, an int or (kh, kw).
         batch_first: True for sequences (B, L, ...), False for (L, B, ...).
         bias: learn a bias for each of z, r and c; it starts at zero.
-        recompute: in training keep the states alone and compute z, r and c again in backward: a quarter of the memory
+        recompute: in training save only the hidden states and recompute z, r and c in backward: a quarter of the memory
             of hidden size, for about another forward pass of time (see :func:`convrnn.gru_rcn`).
         device: where the parameters live.
         dtype: their dtype.
@@ -53,6 +54,9 @@ class GRU_RCN(GRUParameters):
         (torch.Size([2, 4, 8, 6, 6]), torch.Size([2, 8, 6, 6]))
     """
 
+    single_state: ClassVar[bool] = True
+    scriptable: ClassVar[bool] = True
+
     def __init__(
         self,
         in_channels: int,
@@ -67,34 +71,22 @@ class GRU_RCN(GRUParameters):
     ) -> None:
         in_channels, nb_kernels = as_int("in_channels", in_channels, 1), as_int("nb_kernels", nb_kernels, 1)
         convolution = Convolution(as_pair("kernel_size", kernel_size, 1))
-        super().__init__(
-            in_channels,
-            nb_kernels,
-            convolution,
-            convolution,
-            bias=as_bool("bias", bias),
-            recompute=as_bool("recompute", recompute),
-            device=device,
-            dtype=dtype,
-        )
+        options = GRUOptions(bias=bias)
+        super().__init__(in_channels, nb_kernels, convolution, convolution, options, device=device, dtype=dtype)
         self.in_channels, self.nb_kernels, self.kernel_size = in_channels, nb_kernels, convolution.kernel
-        self.batch_first = as_bool("batch_first", batch_first)
+        self.recompute = as_bool("recompute", recompute)
+        self.set_interface("x must be one frame (B, Ox, H, W)", 4, 1, as_bool("batch_first", batch_first))
 
     def forward(
         self, x: Tensor, h: Tensor | None = None, lengths: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Runs h' = (1-z).h + z.c over all frames, or over one.
 
-        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the state
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
-
         Args:
             x: frames (B, L, Ox, H, W), or (L, B, Ox, H, W) without ``batch_first``, or one frame (B, Ox, H, W); float. A
                 PackedSequence of such frames gives a PackedSequence.
             h: initial state (B, Oh, H, W), or (Oh, H, W) for the same one in every row of the batch, or None for zeros.
-            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
-            reset: bool of the shape of x's first two dimensions (B for one frame), True where the state becomes zero
-                before the frame is read.
+            lengths, reset: as :class:`convrnn.ConvGRU` takes them.
 
         Returns:
             out: the state after each frame, (B, L, Oh, H, W), or (L, B, Oh, H, W) without ``batch_first``, or
@@ -102,29 +94,14 @@ class GRU_RCN(GRUParameters):
             h_n: the state after the last frame of each row, (B, Oh, H, W).
 
         Raises:
-            TypeError: an argument is no Tensor, or the dtype of a mask does not fit.
-            ValueError: a shape or a mask's device does not fit, or a PackedSequence has ``lengths`` beside it.
+            TypeError, ValueError: as :class:`convrnn.ConvGRU` does.
         """
         if not torch.jit.is_scripting() and not isinstance(x, Tensor):
-            found = run_other(self, GRU_RCN.forward, x, h, lengths, reset, self.batch_first)
-            if found is not None:
-                return found
-        x, frame = self._clip(x)
-        if h is not None:
-            shape = self._state_shape(x)
-            if isinstance(h, Tensor) and h.dim() == 3:
-                check_shape("h", h, shape[1:])
-                h = h.expand(shape)
-            check_shape("h", h, shape)
-        live, reset = read_masks(x, frame, self.batch_first, lengths, reset)
-        if live is None:
-            out, h_n = self.run_fused(x, h, encode(reset, None))
-        else:
-            out, h_n = self.run_fused(blank(x, live), h, encode(reset, ~live))
-            out = blank(out, live)
-        if frame:
-            return out.squeeze(1), h_n
-        return (out if self.batch_first else out.transpose(0, 1)), h_n
+            result = run_other(self, x, h, lengths, reset)
+            if result is not None:
+                return result
+        out, states = self.run_clip(x, None if h is None else [h], lengths, reset)
+        return out, states[0]
 
     def step(self, x: Tensor, h: Tensor | None = None, *, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Runs one frame (B, Ox, H, W); what :meth:`forward` does with it, and refuses a clip.
@@ -132,24 +109,25 @@ class GRU_RCN(GRUParameters):
         Raises:
             ValueError: ``x`` is a clip.
         """
-        check_step(x)
-        if isinstance(x, Tensor) and x.dim() != 4:
-            raise ValueError(f"x must be one frame (B, Ox, H, W), got shape {list(x.shape)}")
-        return self(x, h, reset=reset)
+        result: tuple[Tensor, Tensor] = self.run_step(x, h, reset)
+        return result
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> Tensor:
         """Returns the state that ``h=None`` stands for: zeros (B, Oh, H, W), of the dtype and device of x."""
-        return x.new_zeros(self._state_shape(self._clip(x)[0]))
+        batch = x.shape[0] if self.is_frame(x) or self.batch_first else x.shape[1]
+        return x.new_zeros([batch, self.nb_kernels, x.shape[-2], x.shape[-1]])
 
-    def _clip(self, x: Tensor) -> tuple[Tensor, bool]:
-        """x as (B, L, Ox, H, W), and whether it is one frame."""
-        if check_sequence(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", self.in_channels):
-            return x.unsqueeze(1), True
-        return (x if self.batch_first else x.transpose(0, 1)), False
+    def is_frame(self, x: Tensor) -> bool:
+        return check_sequence(x, "(B, L, Ox, H, W)" if self.batch_first else "(L, B, Ox, H, W)", self.in_channels)
 
-    def _state_shape(self, x: Tensor) -> list[int]:
-        return [x.shape[0], self.nb_kernels, x.shape[3], x.shape[4]]
-
-    def extra_repr(self) -> str:
-        return described(self)
+    def run(self, x: Tensor, h: list[State] | None, masks: Masks) -> tuple[Tensor, list[State]]:
+        state: Tensor | None = None
+        if h is not None:
+            state, shape = h[0], [x.shape[0], self.nb_kernels, x.shape[3], x.shape[4]]
+            if isinstance(state, Tensor) and state.dim() == 3:
+                check_shape("h", state, shape[1:])
+                state = state.expand(shape)
+            check_shape("h", state, shape)
+        out, h_n = self.run_op(x, state, False, masks.flags)
+        return out, [h_n]

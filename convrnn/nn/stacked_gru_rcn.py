@@ -1,7 +1,7 @@
 """Stacked GRU-RCN: a recurrent layer over each level of a network's feature maps, connected from the bottom up."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ._checks import as_bool, as_pair, as_sizes, check_sequence, check_shape, check_states
 from ._convolution import Convolution
 from ._gru_layer import GRULayer
-from ._inputs import check_step, run_other
-from ._masks import blank, read_masks
-from ._parts import described
+from ._inputs import run_other
+from ._masks import NO_MASKS, Masks, mask_padding, read_masks
+from ._options import GRUOptions
+from ._parts import unflatten_frames
+from ._recurrent import Recurrent, State
 
 __all__ = ["StackedGRU_RCN"]
 
@@ -27,7 +29,26 @@ class _Weights(nn.ParameterList):
         return list(self)
 
 
-class StackedGRU_RCN(nn.Module):
+class _Level(GRULayer):
+    """A layer whose z and r read ``bottom_up`` (N, 2*hidden_size, *S) beside the frames."""
+
+    def forward(
+        self,
+        x: Tensor,
+        h: list[State] | None = None,
+        i: int = 0,
+        masks: Masks = NO_MASKS,
+        frames: Tensor | None = None,
+        bottom_up: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        state = None if h is None else h[i]
+        if bottom_up is None:
+            return self.run_op(x, state, False, masks.flags)
+        z_r, c = self.project_input(x.flatten(0, 1)).split([2 * self.hidden_size, self.hidden_size], 1)
+        return self.run_op(unflatten_frames(torch.cat((z_r + bottom_up, c), 1), x, False), state, True, masks.flags)
+
+
+class StackedGRU_RCN(Recurrent):
     """z = s(W_z*x + V_z*g + U_z*h), r = s(W_r*x + V_r*g + U_r*h), c = tanh(W_c*x + C*(r.h)), h' = (1-z).h + z.c a level.
 
     x is the level's own feature map and g the new state of the level below at the same frame, max-pooled to the size of
@@ -61,6 +82,8 @@ class StackedGRU_RCN(nn.Module):
         ([torch.Size([2, 6, 3, 8, 8]), torch.Size([2, 6, 5, 4, 4])], torch.Size([2, 5, 4, 4]))
     """
 
+    takes_levels: ClassVar[bool] = True
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -79,17 +102,22 @@ class StackedGRU_RCN(nn.Module):
                 f"nb_kernels must hold one entry for each of the {len(self.in_channels)} levels of in_channels, "
                 f"got {len(self.nb_kernels)}"
             )
-        self.batch_first = as_bool("batch_first", batch_first)
+        self.set_interface(
+            "xs must hold maps of one frame (B, Ox, H, W)",
+            4,
+            len(self.in_channels),
+            as_bool("batch_first", batch_first),
+        )
         self.kernel_size, self.bias = as_pair("kernel_size", kernel_size, 1), as_bool("bias", bias)
         self.convolution = Convolution(self.kernel_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.levels = nn.ModuleList(
-            GRULayer(size_in, size, self.convolution, self.convolution, bias=bias, **factory)
+            _Level(size_in, size, self.convolution, self.convolution, GRUOptions(bias=bias), **factory)
             for size_in, size in zip(self.in_channels, self.nb_kernels, strict=True)
         )
         self.bottom_up = _Weights(
-            torch.empty(2 * size, below, *self.convolution.kernel, **factory)
-            for below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
+            torch.empty(2 * size, size_below, *self.convolution.kernel, **factory)
+            for size_below, size in zip(self.nb_kernels[:-1], self.nb_kernels[1:], strict=True)
         )
         self.reset_parameters()
 
@@ -110,17 +138,12 @@ class StackedGRU_RCN(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Runs all levels over all frames, or over one.
 
-        With ``lengths``, what lies behind a row's end has no influence: not on the outputs before it, not on the states
-        returned, not on gradients. With ``reset``, nothing before the frame has influence on what follows it.
-
         Args:
             xs: the feature maps of each level, (B, L, Ox_i, H_i, W_i), or (L, B, ...) without ``batch_first``, or those
                 of one frame (B, Ox_i, H_i, W_i); float. PackedSequences of such maps, of the same lengths at every level,
                 give PackedSequences.
             h: the state of each level, a list of (B, Oh_i, H_i, W_i), or None for zeros.
-            lengths: (B,) integers, frames of each row; values outside of 0..L act as the nearest of them.
-            reset: bool of the shape of the maps' first two dimensions (B for one frame), True where the states become
-                zero before the frame is read.
+            lengths, reset: as :class:`convrnn.ConvGRU` takes them, for all levels.
 
         Returns:
             outs: the states of each level after each frame, a list of (B, L, Oh_i, H_i, W_i), (L, B, ...) or
@@ -128,35 +151,32 @@ class StackedGRU_RCN(nn.Module):
             h_n: the states after the last frame of each row, shaped as ``h``.
 
         Raises:
-            TypeError: an entry is no Tensor, ``xs`` or ``h`` no list of them, or the dtype of a mask does not fit.
-            ValueError: a shape, the number of levels or a mask's device does not fit, PackedSequences have ``lengths``
-                beside them or differ in their own.
+            TypeError, ValueError: as :class:`convrnn.ConvGRU` does, or the number of levels does not fit, or
+                PackedSequences differ in their lengths.
         """
-        found = run_other(self, StackedGRU_RCN.forward, xs, h, lengths, reset, self.batch_first)
-        if found is not None:
-            return found
-        maps, frame = self._as_clips(xs)
+        result = run_other(self, xs, h, lengths, reset)
+        if result is not None:
+            return result
+        frame = self.are_frames(xs)
+        maps = [x.unsqueeze(1) if frame else x if self.batch_first else x.transpose(0, 1) for x in xs]
         check_states(h, len(self.levels))
-        live, reset = read_masks(maps[0], frame, self.batch_first, lengths, reset)
-        if live is not None:
-            maps = [blank(x, live) for x in maps]
+        masks = read_masks(maps[0], frame, self.batch_first, lengths, reset)
         outs: list[Tensor] = []
         states: list[Tensor] = []
         bottom_up = self.bottom_up()
         for i, (x, level) in enumerate(zip(maps, self.levels, strict=True)):
-            below: Tensor | None = None
+            x, pooled = mask_padding(x, masks.valid), None
             if i > 0:
                 frames, size = outs[-1].flatten(0, 1), x.shape[3:]
                 if frames.shape[2:] != size:
                     frames = F.adaptive_max_pool2d(frames, size)
-                below = self.convolution(frames, bottom_up[i - 1]).unflatten(0, x.shape[:2])
+                pooled = self.convolution(frames, bottom_up[i - 1])
             if h is not None:
                 check_shape(f"h[{i}]", h[i], [x.shape[0], self.nb_kernels[i], *x.shape[3:]])
-            out, state = level(x, None if h is None else h[i], live, reset, below)
+            out, state = level(x, h, i, masks, bottom_up=pooled)
             outs.append(out)
             states.append(state)
-        if live is not None:
-            outs = [blank(out, live) for out in outs]
+        outs = [mask_padding(out, masks.valid) for out in outs]
         if frame:
             return [out.squeeze(1) for out in outs], states
         return (outs if self.batch_first else [out.transpose(0, 1) for out in outs]), states
@@ -169,21 +189,16 @@ class StackedGRU_RCN(nn.Module):
         Raises:
             ValueError: ``xs`` holds clips.
         """
-        check_step(xs)
-        for x in xs if isinstance(xs, (list, tuple)) else []:
-            if isinstance(x, Tensor) and x.dim() != 4:
-                raise ValueError(f"xs must hold maps of one frame (B, Ox, H, W), got shape {list(x.shape)}")
-        return self(xs, h, reset=reset)
+        result: tuple[list[Tensor], list[Tensor]] = self.run_step(xs, h, reset)
+        return result
 
     def init_hidden_state(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Returns the states that ``h=None`` stands for: zeros, of the dtype and device of each level's maps."""
-        return [
-            x.new_zeros(x.shape[0], size, *x.shape[3:])
-            for x, size in zip(self._as_clips(xs)[0], self.nb_kernels, strict=True)
-        ]
+        batch = 0 if self.are_frames(xs) or self.batch_first else 1
+        return [x.new_zeros(x.shape[batch], n, *x.shape[-2:]) for x, n in zip(xs, self.nb_kernels, strict=True)]
 
-    def _as_clips(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-        """Returns the maps, checked, as (B, L, Ox, H, W), and whether they are those of one frame."""
+    def are_frames(self, xs: Sequence[Tensor]) -> bool:
+        """Returns whether the maps are those of one frame, and raises if they are no clips either."""
         if not isinstance(xs, (list, tuple)):
             raise TypeError(f"xs must be a list of {len(self.levels)} Tensors, got {type(xs).__name__}")
         if len(xs) != len(self.levels):
@@ -192,11 +207,7 @@ class StackedGRU_RCN(nn.Module):
         frames = [check_sequence(x, layout, channels) for x, channels in zip(xs, self.in_channels, strict=True)]
         if len(set(frames)) == 2:
             raise ValueError(f"xs must hold clips or maps of one frame, got both: {[list(x.shape) for x in xs]}")
-        maps = [x.unsqueeze(1) if frames[0] else x if self.batch_first else x.transpose(0, 1) for x in xs]
-        leads = [list(x.shape[:2]) for x in maps]  # compared and not hashed: sizes are symbols under torch.export
+        leads = [list(x.shape[:-3]) for x in xs]  # compared and not hashed: sizes are symbols under torch.export
         if any(lead != leads[0] for lead in leads):
             raise ValueError(f"xs must hold maps of one batch and number of frames, got {leads}")
-        return maps, frames[0]
-
-    def extra_repr(self) -> str:
-        return described(self)
+        return frames[0]
